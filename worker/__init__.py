@@ -1,0 +1,18 @@
+"""letta-ingest: stores every chunk of the runs of Letta agents in SQL, exactly once.
+
+    cli.py          the commands; the only place that knows exit codes and terminals
+    app.py          composition root: builds engine, HTTP client and stores from Config
+    service.py      life of the process: one supervised task per unfinished run, signals, systemd
+    discovery.py    which runs exist that are not finished in the store
+    follower.py     life of one run: load cursor -> stream -> accept -> commit -> finish
+    backfill.py     what the stream does not hold, over REST
+    places.py       the few open streams the server can bear, shared fairly
+    monitor.py      /healthz /readyz /metrics: what the outside may know
+    config.py  errors.py  observe.py    leaves everybody outside core/ may use
+    core/           pure: values in, values out
+    letta/          edge: HTTP; speaks Chunk outward
+    storage/        edge: SQL; speaks Chunk and cursor outward
+    demo/           FakeLetta and the demo
+
+Imports point down, never up; `make check` fails otherwise.
+"""

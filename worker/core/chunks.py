@@ -1,0 +1,141 @@
+"""What one SSE event of a run's stream is: SseEvent -> Chunk | Ping | Done | ServerError | Unparsable.
+
+Decides by message_type before it looks at seq_id, because keepalive pings borrow numbers (letta-protocol b).
+Used by follower.py; the values go on to RunLog and to storage.
+"""
+
+import json
+from typing import Any
+
+import msgspec
+
+from worker.core.sse import SseEvent
+
+MAX_SEQ_ID = 2**31 - 1
+"""Larger numbers are refused as absurd: a run lives three hours, which would be 200,000 chunks a second."""
+MAX_COLUMN_CHARS = 255
+"""Longer ids stay in the payload only: an index entry has a size limit."""
+
+
+class Chunk(msgspec.Struct, frozen=True, gc=False):
+    """One data payload of a run: one row.
+
+    `payload` is the text after `data: `, verbatim. `seq_id` is None where the server sends none (stop_reason,
+    usage_statistics). `ends_run` marks the run's own error event, the last thing in its log (letta-protocol a).
+    """
+
+    payload: str
+    seq_id: int | None = None
+    message_type: str | None = None
+    message_id: str | None = None
+    otid: str | None = None
+    step_id: str | None = None
+    run_id: str | None = None
+    ends_run: bool = False
+
+
+class Ping(msgspec.Struct, frozen=True, gc=False):
+    """A ping: keepalive of one reader, or the first entry of a run's log. Only RunLog can tell which."""
+
+    chunk: Chunk
+
+
+class Done(msgspec.Struct, frozen=True, gc=False):
+    """`[DONE]`: the run's terminal marker."""
+
+
+class ServerError(msgspec.Struct, frozen=True, gc=False):
+    """An error of the reader inside the server, not of the run: the run goes on (letta-protocol a, last row)."""
+
+    detail: str
+
+
+class Unparsable(msgspec.Struct, frozen=True, gc=False):
+    """Bytes that cannot be a row. They hold a place in the server's log all the same."""
+
+    raw: bytes
+    reason: str
+
+
+Event = Chunk | Ping | Done | ServerError | Unparsable
+
+
+class _Head(msgspec.Struct, gc=False):
+    """The fields of a payload that order and route it; the rest is skipped, not decoded."""
+
+    message_type: Any = None
+    seq_id: Any = None
+    id: Any = None
+    otid: Any = None
+    step_id: Any = None
+    run_id: Any = None
+
+
+_decode_head = msgspec.json.Decoder(_Head).decode
+
+
+def parse(event: SseEvent) -> Event:
+    """Classify one event. Never raises: what cannot be read comes back as Unparsable with its bytes."""
+    if event.is_oversized:
+        return Unparsable(event.data, "larger than the limit for one event; only its beginning is kept")
+    if event.data == b"[DONE]":
+        return Done()
+    try:
+        payload = event.data.decode()
+    except UnicodeDecodeError:
+        return Unparsable(event.data, "not UTF-8")
+    head = _read_head(event.data)
+    if head is None:
+        is_reader_event = event.event not in {"", "message"}
+        return ServerError(payload[:500]) if is_reader_event else Unparsable(event.data, "not a JSON object")
+    if event.event not in {"", "message"} and head.message_type is None:
+        return ServerError(payload[:500])
+    return _classify(payload, head, is_error=event.event == "error")
+
+
+def _classify(payload: str, head: _Head, *, is_error: bool) -> Chunk | Ping | Unparsable:
+    message_type = _column(head.message_type)
+    is_ping = message_type == "ping"
+    seq_id = head.seq_id
+    if seq_id is not None and not (type(seq_id) is int and 1 <= seq_id <= MAX_SEQ_ID):
+        if not is_ping:
+            return Unparsable(payload.encode(), f"seq_id is not a whole number from 1 to {MAX_SEQ_ID}")
+        seq_id = None
+    chunk = Chunk(
+        payload,
+        seq_id,
+        message_type,
+        _column(head.id),
+        _column(head.otid),
+        _column(head.step_id),
+        _column(head.run_id),
+        is_error and message_type == "error_message",
+    )
+    return Ping(chunk) if is_ping else chunk
+
+
+def _read_head(data: bytes) -> _Head | None:
+    try:
+        return _decode_head(data)
+    except (msgspec.MsgspecError, RecursionError):
+        pass
+    # The standard library also reads what msgspec refuses and Letta may send: lone surrogates, NaN.
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict):
+        return None
+    return _Head(**{name: fields.get(name) for name in _Head.__struct_fields__})
+
+
+def _column(value: object) -> str | None:
+    """The text as a database column can hold it, else None; the payload keeps it either way."""
+    if type(value) is not str or len(value) > MAX_COLUMN_CHARS or "\x00" in value:
+        return None
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # a lone surrogate
+            return None
+    return value

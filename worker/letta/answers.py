@@ -1,0 +1,173 @@
+"""What the server's answers mean: status codes -> errors by reaction, JSON -> records. Used by client.py."""
+
+import datetime as dt
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+
+from worker.core.chunks import MAX_COLUMN_CHARS
+from worker.core.records import MessageRecord, RunRecord
+from worker.errors import (
+    BadRequestError,
+    NoBackgroundError,
+    NotFoundError,
+    NotStreamableError,
+    RateLimitedError,
+    RefusedError,
+    RunExpiredError,
+    TroubleError,
+    WorkerError,
+)
+
+MAX_RETRY_AFTER = 3600.0
+"""Seconds; a server that names more than an hour is asked again after an hour."""
+
+
+def error_of(status: int, headers: Mapping[str, str], body: bytes) -> WorkerError:
+    """The error a status code stands for (letta-protocol d, trap 15)."""
+    detail = _detail(body)
+    message = f"HTTP {status}: {detail}" if detail else f"HTTP {status}"
+    error: WorkerError
+    if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+        error = RefusedError(
+            f"the Letta server refuses the API key ({message}): set letta.api_key or letta.api_key_file"
+        )
+    elif status == HTTPStatus.NOT_FOUND:
+        error = NotFoundError(message)
+    elif status == HTTPStatus.GONE:
+        error = RunExpiredError(message)
+    elif status == HTTPStatus.TOO_MANY_REQUESTS:
+        error = RateLimitedError(message)
+    elif status == HTTPStatus.SERVICE_UNAVAILABLE and "requires Redis" in detail:
+        error = NoBackgroundError(f"this Letta server has no background streaming: {detail}")
+    elif status == HTTPStatus.BAD_REQUEST and "not created in background mode" in detail:
+        error = NotStreamableError(message)
+    elif (
+        status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        or status == HTTPStatus.REQUEST_TIMEOUT
+        or status < HTTPStatus.BAD_REQUEST
+    ):
+        error = TroubleError(message)
+    else:
+        error = BadRequestError(message)
+    if isinstance(error, TroubleError):
+        error.retry_after = _retry_after(headers.get("retry-after"))
+    return error
+
+
+def is_event_stream(headers: Mapping[str, str]) -> bool:
+    """The answer is a stream and not, say, a proxy's page."""
+    return headers.get("content-type", "").split(";")[0].strip().lower() == "text/event-stream"
+
+
+def read_runs(body: bytes) -> list[RunRecord]:
+    """The runs of a listing. An entry without a usable id or creation time cannot be followed and is trouble."""
+    return [_run(fields) for fields in _objects(body)]
+
+
+def read_messages(body: bytes) -> list[MessageRecord]:
+    """The message items of a listing, each with its payload as the server wrote it."""
+    return [_message(bytes(raw), _object(raw)) for raw in _array(body)]
+
+
+def _run(fields: dict[str, Any]) -> RunRecord:
+    run_id, created_at = _text(fields.get("id")), _time(fields.get("created_at"))
+    if not run_id or created_at is None:
+        raise TroubleError("the server lists a run without id or created_at")
+    background = fields.get("background")
+    metadata = fields.get("metadata")
+    error = metadata.get("error") if isinstance(metadata, dict) else None
+    return RunRecord(
+        run_id=run_id,
+        created_at=created_at,
+        status=_text(fields.get("status")),
+        conversation_id=_text(fields.get("conversation_id")),
+        agent_id=_text(fields.get("agent_id")),
+        background=background if isinstance(background, bool) else None,
+        stop_reason=_text(fields.get("stop_reason")),
+        completed_at=_time(fields.get("completed_at")),
+        # An object for a failure while streaming, a string for one at the start (letta-protocol e).
+        error=None
+        if error is None
+        else _clean(error if isinstance(error, str) else msgspec.json.encode(error).decode()),
+    )
+
+
+def _message(payload: bytes, fields: dict[str, Any]) -> MessageRecord:
+    message_id = _text(fields.get("id"))
+    if not message_id:
+        raise TroubleError("the server lists a message without id")
+    text = fields.get("content", fields.get("reasoning"))
+    return MessageRecord(
+        message_id=message_id,
+        payload=payload.decode(),
+        message_type=_text(fields.get("message_type")),
+        otid=_text(fields.get("otid")),
+        step_id=_text(fields.get("step_id")),
+        date=_time(fields.get("date")),
+        text=_clean(text) if isinstance(text, str) else None,
+    )
+
+
+def _objects(body: bytes) -> list[dict[str, Any]]:
+    return [_object(raw) for raw in _array(body)]
+
+
+def _array(body: bytes) -> list[msgspec.Raw]:
+    try:
+        return msgspec.json.decode(body, type=list[msgspec.Raw])
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise TroubleError(f"the server's answer is not the JSON list it should be: {body[:100]!r}") from error
+
+
+def _object(raw: msgspec.Raw) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(raw, type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise TroubleError(f"the server lists something that is not a JSON object: {bytes(raw)[:100]!r}") from error
+
+
+def _detail(body: bytes) -> str:
+    try:
+        fields = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, RecursionError):
+        return body[:200].decode("utf-8", "replace").strip()
+    detail = fields.get("detail", fields) if isinstance(fields, dict) else fields
+    return str(detail)[:500]
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and len(value) <= MAX_COLUMN_CHARS and "\x00" not in value else None
+
+
+def _clean(text: str) -> str:
+    """Text as a database column can hold it; the payload keeps the original."""
+    return text.replace("\x00", "").encode("utf-8", "replace").decode()
+
+
+def _time(value: object) -> dt.datetime | None:
+    """UTC; a time without a zone is UTC too (letta-protocol e: completed_at)."""
+    if not isinstance(value, str):
+        return None
+    try:
+        time = dt.datetime.fromisoformat(value)
+    except ValueError:
+        return None
+    return time.replace(tzinfo=dt.UTC) if time.tzinfo is None else time.astimezone(dt.UTC)
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds to wait: the header is a number of seconds or a date."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(value) - dt.datetime.now(dt.UTC)).total_seconds()
+        except (ValueError, TypeError):
+            return None
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER)

@@ -1,0 +1,202 @@
+"""LettaClient: the five calls of Letta's API the worker needs. Used by discovery, follower, backfill and `check`.
+
+What it knows of the server was measured on Letta 0.16.8; `letta-protocol` below names the section of that record
+(docs/protocol.md).
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+import httpx
+import msgspec
+
+from worker.core.chunks import Event, parse
+from worker.core.records import MessageRecord, RunRecord
+from worker.core.sse import SseDecoder
+from worker.errors import RunIdIgnoredError, TroubleError
+from worker.letta.answers import error_of, is_event_stream, read_messages, read_runs
+from worker.letta.paging import Paging
+
+MAX_ANSWER_BYTES = 512 * 1024 * 1024
+"""A JSON answer larger than this is refused, so that memory stays bounded (I8)."""
+RUNS_A_PAGE = 100
+MESSAGES_A_PAGE = 100
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """The parameters of the stream endpoints that are the same for every run."""
+
+    batch_size: int = 1000
+    poll_interval: float = 0.1
+    include_pings: bool = True
+    max_event_bytes: int = 32 * 1024 * 1024
+
+
+class Address(msgspec.Struct, frozen=True):
+    """Where one run's stream is asked for.
+
+    `conversation_id` is any form the server takes: `conv-...`, `default` with `agent_id`, or `agent-...`; None
+    addresses the run's own endpoint, which cannot answer for another run (letta-protocol d).
+    """
+
+    run_id: str
+    conversation_id: str | None = None
+    agent_id: str | None = None
+
+    @classmethod
+    def of(cls, run: RunRecord, *, by_run: bool) -> "Address":
+        """The conversation endpoint, or, where `by_run` asks for it or the run names no place, the run's own."""
+        if by_run or (run.conversation_id is None and run.agent_id is None):
+            return cls(run.run_id)
+        return cls(run.run_id, run.conversation_id or "default", run.agent_id)
+
+    @property
+    def is_by_run(self) -> bool:
+        """The address itself names the run, not only the request's body."""
+        return self.conversation_id is None
+
+
+class LettaClient:
+    """Letta's API as the worker sees it. Raises the errors of worker/errors.py and nothing else.
+
+    `http` carries base URL, credentials, timeouts and TLS settings.
+    """
+
+    def __init__(self, http: httpx.AsyncClient, options: StreamOptions) -> None:
+        self._http = http
+        self._options = options
+        self._paging = Paging()
+
+    async def server_version(self) -> str:
+        """The server's version, e.g. `0.16.8`; needs no credentials (letta-protocol j)."""
+        return str(msgspec.json.decode(await self._get("/v1/health/")).get("version"))
+
+    async def newest_runs(self, limit: int = RUNS_A_PAGE) -> AsyncIterator[list[RunRecord]]:
+        """All runs of the server, newest first, page by page; never loops and never skips (paging.py)."""
+        async for page in self._paging.walk(self._run_page, limit):
+            yield page
+
+    async def retrieve_run(self, run_id: str) -> RunRecord:
+        """One run's record. Raises NotFoundError when the server does not know it."""
+        answer = await self._get(f"/v1/runs/{_quoted(run_id)}")
+        runs = read_runs(b"[" + answer + b"]")
+        if not runs or runs[0].run_id != run_id:
+            raise TroubleError(f"the server answered with something else than run {run_id}")
+        return runs[0]
+
+    async def conversations_of(self, agent_id: str, limit: int = 1000) -> list[str]:
+        """The ids of an agent's conversations, newest first, at most `limit`."""
+        answer = await self._get("/v1/conversations/", agent_id=agent_id, limit=limit)
+        return [str(c["id"]) for c in msgspec.json.decode(answer) if isinstance(c, dict) and "id" in c]
+
+    async def run_messages(self, run_id: str) -> AsyncIterator[list[MessageRecord]]:
+        """The messages the server stored for a run, oldest first, page by page.
+
+        A page's length says nothing about the end, because `limit` counts stored messages and not items
+        (letta-protocol f): the walk ends with the first page that brings nothing new.
+        """
+        seen: set[tuple[str, str | None, str | None]] = set()
+        after: dict[str, str] = {}
+        while True:
+            path = f"/v1/runs/{_quoted(run_id)}/messages"
+            page = read_messages(await self._get(path, order="asc", limit=MESSAGES_A_PAGE, **after))
+            new = [m for m in page if (m.message_id, m.otid, m.message_type) not in seen]
+            if not new:
+                return
+            seen.update((m.message_id, m.otid, m.message_type) for m in new)
+            after = {"after": new[-1].message_id}
+            yield new
+
+    @contextlib.asynccontextmanager
+    async def stream(self, address: Address, cursor: int) -> AsyncIterator[AsyncIterator[list[Event]]]:
+        """Open a run's stream after `cursor` and give what each read from the socket completes.
+
+        A list may be empty: bytes came, but no event is whole yet. Entering waits for the first event, because the
+        server sends its headers only with it (letta-protocol d). The body is always an object: an empty one makes
+        the server's reader die (letta-protocol c).
+        """
+        with _as_worker_errors():
+            request = self._http.build_request(
+                "POST",
+                _stream_path(address),
+                json=self._stream_body(address, cursor),
+                headers={"accept": "text/event-stream", "accept-encoding": "identity"},
+            )
+            response = await self._http.send(request, stream=True)
+        try:
+            if response.status_code != httpx.codes.OK:
+                body = await _read_bounded(response, 64 * 1024)
+                error = error_of(response.status_code, response.headers, body)
+                ignores_run_id = not address.is_by_run and "No active runs" in str(error)
+                raise RunIdIgnoredError(str(error)) if ignores_run_id else error
+            if not is_event_stream(response.headers):
+                kind = response.headers.get("content-type", "nothing")
+                raise TroubleError(f"the server answered a stream request with {kind}: is base_url a Letta server?")
+            async with contextlib.aclosing(self._events(response)) as events:
+                yield events
+        finally:
+            # Closing must finish although the task that reads is being cancelled, or the connection leaks.
+            await asyncio.shield(response.aclose())
+
+    async def _events(self, response: httpx.Response) -> AsyncGenerator[list[Event], None]:
+        decoder = SseDecoder(self._options.max_event_bytes)
+        with _as_worker_errors():
+            async for received in response.aiter_bytes():
+                yield [parse(event) for event in decoder.feed(received)]
+
+    def _stream_body(self, address: Address, cursor: int) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "starting_after": cursor,
+            "batch_size": self._options.batch_size,
+            "poll_interval": self._options.poll_interval,
+            "include_pings": self._options.include_pings,
+        }
+        if not address.is_by_run:
+            body["run_id"] = address.run_id
+            if address.conversation_id == "default":
+                body["agent_id"] = address.agent_id
+        return body
+
+    async def _run_page(self, limit: int, cursor: dict[str, str]) -> list[RunRecord]:
+        return read_runs(await self._get("/v1/runs/", **({"order": "desc"} | cursor), limit=limit))
+
+    async def _get(self, path: str, **query: str | int) -> bytes:
+        with _as_worker_errors():
+            async with self._http.stream("GET", path, params=query) as response:
+                body = await _read_bounded(response, MAX_ANSWER_BYTES)
+        if response.status_code != httpx.codes.OK:
+            raise error_of(response.status_code, response.headers, body)
+        return body
+
+
+def _stream_path(address: Address) -> str:
+    if address.conversation_id is None:
+        return f"/v1/runs/{_quoted(address.run_id)}/stream"
+    return f"/v1/conversations/{_quoted(address.conversation_id)}/stream"
+
+
+def _quoted(identifier: str) -> str:
+    """An id as one path segment; an id of dots only would climb out of it even when quoted."""
+    return quote(identifier, safe="") if identifier.strip(".") else "%2E" * len(identifier)
+
+
+async def _read_bounded(response: httpx.Response, max_bytes: int) -> bytes:
+    body = bytearray()
+    async for received in response.aiter_bytes():
+        body += received
+        if len(body) > max_bytes:
+            raise TroubleError(f"the server's answer is larger than {max_bytes} bytes")
+    return bytes(body)
+
+
+@contextlib.contextmanager
+def _as_worker_errors() -> Iterator[None]:
+    """Foreign exceptions end here: whatever the network does is trouble to wait out."""
+    try:
+        yield
+    except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, aiohttp.ClientError, OSError) as error:
+        raise TroubleError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error

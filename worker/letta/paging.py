@@ -1,0 +1,64 @@
+"""Paging through the server's runs, newest first, whichever way its cursors go. Used by client.py.
+
+Letta 0.16.8 has `after` and `before` swapped (letta-protocol e), another version may have them right, and an
+unknown cursor is silently ignored. So no name is trusted: a page counts only if all of it is older than the last.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from worker.core.records import RunRecord
+from worker.errors import TroubleError
+
+PageOf = Callable[[int, dict[str, str]], Awaitable[list[RunRecord]]]
+"""(limit, cursor parameter) -> runs, newest first."""
+
+
+class Paging:
+    """Walks pages, and remembers which parameter leads to older runs once a page has proven it."""
+
+    def __init__(self) -> None:
+        self._names = ["before", "after"]
+        self._is_proven = False
+
+    async def walk(self, page_of: PageOf, limit: int) -> AsyncIterator[list[RunRecord]]:
+        """Give page after page until there is nothing older.
+
+        Raises TroubleError when neither parameter leads on, because then runs could be missed silently.
+        """
+        page = await page_of(limit, {})
+        while page:
+            yield page
+            if len(page) < limit:
+                return
+            page = await self._older_than(page[-1], page_of, limit)
+
+    async def _older_than(self, last: RunRecord, page_of: PageOf, limit: int) -> list[RunRecord]:
+        is_moved = False
+        for name in tuple(self._names):  # the one that has led on before comes first
+            page = await page_of(limit, {name: last.run_id})
+            is_older = all(_place(run) < _place(last) for run in page)
+            if page and is_older:
+                self._names.sort(key=lambda n: n != name)
+                self._is_proven = True
+                return page
+            if not page and self._is_proven:
+                return []
+            # Nothing newer than the newest looks like nothing older than the oldest: only both together prove an end.
+            is_moved = is_moved or bool(page)
+        if is_moved and await self._is_oldest(last, page_of):
+            return []
+        if is_moved:
+            raise TroubleError(
+                f"the list of runs does not go on behind {last.run_id}: paging by before and after fails"
+            )
+        return []
+
+    async def _is_oldest(self, last: RunRecord, page_of: PageOf) -> bool:
+        """The server's own oldest-first order says whether anything is older."""
+        oldest = await page_of(1, {"order": "asc"})
+        return bool(oldest) and _place(oldest[0]) >= _place(last)
+
+
+def _place(run: RunRecord) -> tuple[object, str]:
+    """The server's order: creation time, then id (letta-protocol e)."""
+    return run.created_at, run.run_id

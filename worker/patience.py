@@ -1,0 +1,51 @@
+"""How long the worker waits, and how it waits for a server in trouble. Used by follower, discovery and backfill."""
+
+import msgspec
+import tenacity
+
+from worker.errors import BadRequestError, TroubleError
+
+
+class Patience(msgspec.Struct, frozen=True):
+    """Every wait has a bound. Seconds."""
+
+    turn: float = 10.0
+    """A caught-up run gives its place away after this time, if somebody waits. Not sooner: the server goes on
+    working for a reader that left (letta-protocol g9)."""
+    silence: float = 15.0
+    """A run that sends no chunk for so long is looked up over REST; then ever less often."""
+    most_silence: float = 300.0
+    """The longest time between two such look-ups."""
+    ended: float = 10.0
+    """A run the server calls completed or failed has its terminal marker in the stream already (letta-protocol
+    trap 9); one that is silent for so long has lost it."""
+    cancelled: float = 60.0
+    """A cancelled run's marker comes only with the model's next token, 20 s later in one case (letta-protocol g8)."""
+    record: float = 8.0
+    """So long after the terminal marker the server may still call a run running (letta-protocol trap 9)."""
+
+
+class _WaitForServer(tenacity.wait.wait_base):
+    """As long as the server asks for, else growing and with jitter, so that many followers never come back at once."""
+
+    def __init__(self, most_seconds: float) -> None:
+        self._growing = tenacity.wait_exponential_jitter(initial=0.2, max=most_seconds, jitter=1.0)
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> float:
+        """Seconds to wait before the next attempt."""
+        error = retry_state.outcome.exception() if retry_state.outcome else None
+        asked = error.retry_after if isinstance(error, TroubleError) else None
+        return max(asked or 0.0, self._growing(retry_state))
+
+
+def until_it_works(
+    before_sleep: tenacity.RetryBaseT | None = None, *, most_seconds: float = 60.0, most_attempts: int | None = None
+) -> tenacity.AsyncRetrying:
+    """Attempts against a server in trouble; every other error goes straight through."""
+    return tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception_type((TroubleError, BadRequestError)),
+        wait=_WaitForServer(most_seconds),
+        stop=tenacity.stop_never if most_attempts is None else tenacity.stop_after_attempt(most_attempts),
+        before_sleep=before_sleep,
+        reraise=True,
+    )

@@ -1,0 +1,184 @@
+"""The group committer: one task that commits whatever all followers have ready, in one transaction (I3, I8).
+
+No timer and no batch size to tune: while one transaction is under way the next lot gathers, so under light load a
+commit carries one chunk and under heavy load thousands. Used by follower, discovery and backfill through `submit`.
+"""
+
+import asyncio
+import time
+from collections import deque
+
+import tenacity
+from sqlalchemy.exc import DatabaseError, StatementError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from worker.core.runlog import Accepted
+from worker.errors import InvariantError, RefusedError
+from worker.observe import Log, Metrics
+from worker.storage.engine import describe, is_outage, is_refusal, is_sqlite
+from worker.storage.writes import PostgresDialect, RunWrite, SqliteDialect, Write, write
+
+MAX_WAITING_BYTES = 64 * 1024 * 1024
+"""So much may wait for its commit in the whole process; then reading stops, and TCP slows the server down (I8)."""
+MAX_TRANSACTION_BYTES = 16 * 1024 * 1024
+
+
+class _Waiting:
+    """A write, and the future its submitter may wait on."""
+
+    def __init__(self, content: Write) -> None:
+        self.content = content
+        self.committed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Whoever waits hears of a failure; that nobody waits is no fault.
+        self.committed.add_done_callback(lambda future: future.cancelled() or future.exception())
+
+
+class Committer:
+    """Start `run` as a task, then `submit` from any number of other tasks."""
+
+    def __init__(self, engine: AsyncEngine, log: Log, metrics: Metrics) -> None:
+        self._engine = engine
+        self._log = log
+        self._metrics = metrics
+        self._dialect = SqliteDialect() if is_sqlite(engine) else PostgresDialect()
+        self._queue: deque[_Waiting] = deque()
+        self._waiting_bytes = 0
+        self._wakes = asyncio.Event()
+        self._has_room = asyncio.Event()
+        self._has_room.set()
+        self._failure: BaseException | None = None
+        self.is_failing = False
+        """The database does not take commits at the moment."""
+
+    async def submit(self, content: Write) -> asyncio.Future[None]:
+        """Hand over a write; returns as soon as there is room for it.
+
+        The future is done once the write is durable. Writes are committed in the order of their submission, so the
+        last future of a submitter stands for all before it.
+        """
+        await self._has_room.wait()
+        if self._failure is not None:
+            raise RefusedError("nothing can be committed any more") from self._failure
+        waiting = _Waiting(content)
+        self._queue.append(waiting)
+        self._waiting_bytes += content.size
+        if self._waiting_bytes >= MAX_WAITING_BYTES:
+            self._has_room.clear()
+        self._wakes.set()
+        return waiting.committed
+
+    async def commit(self, content: Write) -> None:
+        """Hand over a write and wait until it is durable."""
+        await (await self.submit(content))
+
+    async def run(self) -> None:
+        """Commit until cancelled. Raises RefusedError when waiting for the database does not help."""
+        try:
+            while True:
+                await self._wakes.wait()
+                self._wakes.clear()
+                while lot := self._next_lot():
+                    await self._commit_lot(lot)
+        except BaseException as failure:
+            self._fail(failure)
+            raise
+
+    async def drain(self) -> None:
+        """Wait until everything submitted so far is durable."""
+        if self._queue:
+            await asyncio.wait([waiting.committed for waiting in self._queue])
+
+    def _next_lot(self) -> list[_Waiting]:
+        lot: list[_Waiting] = []
+        size = 0
+        for waiting in self._queue:
+            if lot and size + waiting.content.size > MAX_TRANSACTION_BYTES:
+                break
+            lot.append(waiting)
+            size += waiting.content.size
+        return lot
+
+    async def _commit_lot(self, lot: list[_Waiting]) -> None:
+        try:
+            await self._commit_patiently([waiting.content for waiting in lot])
+        except _UnwritableError as error:
+            if len(lot) > 1:
+                # One write the database cannot take must not hold up the others: find it.
+                for waiting in lot:
+                    await self._commit_lot([waiting])
+                return
+            self._release(lot, InvariantError(f"the database does not take this write: {error}"))
+            return
+        self._release(lot, None)
+
+    def _release(self, lot: list[_Waiting], failure: BaseException | None) -> None:
+        for waiting in lot:
+            self._queue.popleft()
+            self._waiting_bytes -= waiting.content.size
+            if waiting.committed.done():
+                continue
+            if failure is None:
+                waiting.committed.set_result(None)
+            else:
+                waiting.committed.set_exception(failure)
+        if self._waiting_bytes < MAX_WAITING_BYTES:
+            self._has_room.set()
+
+    async def _commit_patiently(self, lot: list[Write]) -> None:
+        """Repeat until it is durable. Whether a failed commit was durable does not matter: a repetition is harmless."""
+        async for attempt in tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(is_outage),
+            wait=tenacity.wait_exponential_jitter(initial=0.1, max=15, jitter=0.5),
+            before_sleep=self._report_outage,
+            reraise=True,
+        ):
+            with attempt:
+                await self._commit_once(lot)
+        if self.is_failing:
+            self.is_failing = False
+            self._log.info("database.recovered")
+
+    async def _commit_once(self, lot: list[Write]) -> None:
+        started = time.monotonic()
+        try:
+            async with self._engine.begin() as connection:
+                await write(connection, self._dialect, lot)
+        except Exception as error:
+            if is_outage(error):
+                raise
+            if is_refusal(error):
+                raise RefusedError(f"the database refuses to store: {describe(error)}") from error
+            if isinstance(error, DatabaseError | StatementError | ValueError | OverflowError):
+                raise _UnwritableError(describe(error)) from error
+            raise
+        self._count(lot, time.monotonic() - started)
+
+    def _report_outage(self, state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        if not self.is_failing and error is not None:
+            self.is_failing = True
+            self._log.warning("database.unavailable", error=describe(error), waiting=len(self._queue))
+
+    def _count(self, lot: list[Write], seconds: float) -> None:
+        self._metrics.commits.inc()
+        self._metrics.commit_seconds.observe(seconds)
+        self._metrics.commit_at.set_to_current_time()
+        for accepted in (w.accepted for w in lot if isinstance(w, RunWrite) and w.accepted):
+            self._count_accepted(accepted)
+
+    def _count_accepted(self, accepted: Accepted) -> None:
+        self._metrics.chunks.inc(len(accepted.rows))
+        self._metrics.gaps.inc(len(accepted.gaps))
+        self._metrics.rejects.inc(len(accepted.rejects))
+
+    def _fail(self, failure: BaseException) -> None:
+        self._failure = failure
+        self._has_room.set()
+        while self._queue:
+            waiting = self._queue.popleft()
+            if not waiting.committed.done():
+                waiting.committed.set_exception(RefusedError("nothing can be committed any more"))
+
+
+class _UnwritableError(Exception):
+    """The database understood the write and cannot take it."""

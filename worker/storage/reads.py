@@ -1,0 +1,101 @@
+"""What the store knows: what is unfinished, where discovery stands, figures for `status`. Never disturbs a writer."""
+
+import datetime as dt
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from worker.core.records import RunRecord
+from worker.core.runlog import Gap
+from worker.storage.tables import chunks, discovery, gaps, rejects, runs
+from worker.storage.writes import POSITION_SCOPE
+
+
+class StoredRun(msgspec.Struct, frozen=True):
+    """A run as the store knows it."""
+
+    record: RunRecord
+    state: str
+    cursor: int
+    chunk_count: int
+    updated_at: dt.datetime
+
+
+class DiscoveryState(msgspec.Struct, frozen=True):
+    """How far discovery has got."""
+
+    position_at: dt.datetime | None
+    scopes: dict[str, dt.datetime | None]
+    """Scope -> the time from which its runs are wanted; None: from the earliest."""
+
+
+class Reads:
+    """Queries; each opens its own short read transaction."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine.execution_options(reads_only=True)
+
+    async def unsettled_since(self, since: dt.datetime) -> list[StoredRun]:
+        """Runs created since then that there is still something to do for, oldest first: it expires first."""
+        unsettled = sa.select(runs).where(runs.c.settled_at.is_(None), runs.c.created_at >= since)
+        return [_stored_run(row) for row in await self._all(unsettled.order_by(runs.c.created_at))]
+
+    async def unsettled_before(self, before: dt.datetime, limit: int) -> list[StoredRun]:
+        """At most `limit` runs created before then that there is still something to do for, newest first."""
+        unsettled = sa.select(runs).where(runs.c.settled_at.is_(None), runs.c.created_at < before)
+        rows = await self._all(unsettled.order_by(runs.c.created_at.desc()).limit(limit))
+        return [_stored_run(row) for row in rows]
+
+    async def unsettled_among(self, run_ids: Sequence[str]) -> list[StoredRun]:
+        """Those of these runs that there is still something to do for, oldest first."""
+        unsettled = sa.select(runs).where(runs.c.settled_at.is_(None), runs.c.run_id.in_(run_ids))
+        return [_stored_run(row) for row in await self._all(unsettled.order_by(runs.c.created_at))]
+
+    async def run(self, run_id: str) -> StoredRun | None:
+        """One run, or None."""
+        rows = await self._all(sa.select(runs).where(runs.c.run_id == run_id))
+        return _stored_run(rows[0]) if rows else None
+
+    async def open_gaps(self, run_id: str) -> list[Gap]:
+        """The gaps of a run that are not resolved."""
+        query = sa.select(gaps).where(gaps.c.run_id == run_id, gaps.c.resolved_at.is_(None))
+        return [Gap(row.first_seq_id, row.last_seq_id, row.cause) for row in await self._all(query)]
+
+    async def discovery_state(self) -> DiscoveryState:
+        """How far discovery has got."""
+        rows = await self._all(sa.select(discovery))
+        return DiscoveryState(
+            position_at=next((row.position_at for row in rows if row.scope == POSITION_SCOPE), None),
+            scopes={row.scope: row.start_at for row in rows if row.scope != POSITION_SCOPE},
+        )
+
+    async def runs_by_state(self) -> dict[str, int]:
+        """State -> number of runs."""
+        rows = await self._all(sa.select(runs.c.state, sa.func.count()).group_by(runs.c.state))
+        return dict(tuple(row) for row in rows)
+
+    async def totals(self) -> dict[str, int]:
+        """Chunks stored up to their runs' cursors, open gaps and rejects."""
+        stored = await self._all(sa.select(sa.func.coalesce(sa.func.sum(runs.c.chunk_count), 0)))
+        open_gaps = await self._all(sa.select(sa.func.count()).select_from(gaps).where(gaps.c.resolved_at.is_(None)))
+        rejected = await self._all(sa.select(sa.func.count()).select_from(rejects))
+        return {"chunks": int(stored[0][0]), "open_gaps": open_gaps[0][0], "rejects": rejected[0][0]}
+
+    async def last_received(self, run_ids: Sequence[str]) -> dict[str, dt.datetime]:
+        """Run -> when its newest chunk was received, for runs that have one."""
+        last = sa.and_(chunks.c.run_id == runs.c.run_id, chunks.c.seq_id == runs.c.last_seq_id)
+        query = sa.select(runs.c.run_id, chunks.c.received_at).join(chunks, last).where(runs.c.run_id.in_(run_ids))
+        return {row.run_id: row.received_at for row in await self._all(query)}
+
+    async def _all(self, query: sa.Select[*tuple[Any, ...]]) -> Sequence[Any]:
+        async with self._engine.connect() as connection:
+            rows: Sequence[Any] = (await connection.execute(query)).all()
+            return rows
+
+
+def _stored_run(row: Any) -> StoredRun:
+    record = RunRecord(**{name: getattr(row, name) for name in RunRecord.__struct_fields__})
+    return StoredRun(record, row.state, row.last_seq_id, row.chunk_count, row.updated_at)
