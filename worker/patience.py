@@ -1,5 +1,7 @@
 """How long the worker waits, and how it waits for a server in trouble. Used by follower, discovery and backfill."""
 
+from collections.abc import Callable
+
 import msgspec
 import tenacity
 
@@ -39,7 +41,10 @@ class _WaitForServer(tenacity.wait.wait_base):
 
 
 def until_it_works(
-    before_sleep: tenacity.RetryBaseT | None = None, *, most_seconds: float = 60.0, most_attempts: int | None = None
+    before_sleep: Callable[[tenacity.RetryCallState], None] | None = None,
+    *,
+    most_seconds: float = 60.0,
+    most_attempts: int | None = None,
 ) -> tenacity.AsyncRetrying:
     """Attempts against a server in trouble; every other error goes straight through."""
     return tenacity.AsyncRetrying(

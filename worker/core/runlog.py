@@ -133,6 +133,15 @@ class RunLog:
             assert isinstance(event, ServerError)  # noqa: S101 - narrows the union for the type checker
             self._tail.clear()
 
+    def give_up(self, cause: str) -> None:
+        """The server serves nothing more: what is missing becomes a gap, up to the run's unknown end."""
+        if self.is_finished:
+            return
+        if self._held:
+            self._record_gaps_before(max(self._held), cause)
+        self._gaps.append(Gap(self.cursor + 1, None, cause))
+        self.is_finished = True
+
     def take(self) -> Accepted | None:
         """Return what has become storable since the last call; None when that is nothing."""
         if not (self._rows or self._gaps or self._rejects or self.is_finished):
@@ -286,12 +295,12 @@ class RunLog:
                 return
         self.duplicate_count += 1
 
-    def _record_gaps_before(self, seq_id: int) -> None:
+    def _record_gaps_before(self, seq_id: int, cause: str = "not served") -> None:
         """A second response from the same cursor did not have them either: they are lost (I2)."""
         self._release_held()
         while self.cursor + 1 < seq_id:
             behind = min(number for number in self._held if number > self.cursor)
-            self._open_gap(Gap(self.cursor + 1, behind - 1, "not served"))
+            self._open_gap(Gap(self.cursor + 1, behind - 1, cause))
             self.cursor = behind - 1
             self._release_held()
 

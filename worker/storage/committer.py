@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from worker.core.runlog import Accepted
 from worker.errors import InvariantError, RefusedError
 from worker.observe import Log, Metrics
-from worker.storage.engine import describe, is_outage, is_refusal, is_sqlite
+from worker.storage.engine import describe, is_outage, is_refusal, is_sqlite, outage_retries
 from worker.storage.writes import PostgresDialect, RunWrite, SqliteDialect, Write, write
 
 MAX_WAITING_BYTES = 64 * 1024 * 1024
@@ -47,19 +47,25 @@ class Committer:
         self._has_room = asyncio.Event()
         self._has_room.set()
         self._failure: BaseException | None = None
+        self._moved_at = time.monotonic()
         self.is_failing = False
         """The database does not take commits at the moment."""
 
-    async def submit(self, content: Write) -> asyncio.Future[None]:
+    async def submit(self, content: Write, after: asyncio.Future[None] | None = None) -> asyncio.Future[None]:
         """Hand over a write; returns as soon as there is room for it.
 
         The future is done once the write is durable. Writes are committed in the order of their submission, so the
-        last future of a submitter stands for all before it.
+        last future of a submitter stands for all before it. Give it as `after`: a run's cursor must not pass rows
+        that could not be written (I2), so where `after` has failed its error is raised.
         """
         await self._has_room.wait()
         if self._failure is not None:
             raise RefusedError("nothing can be committed any more") from self._failure
+        if after is not None and after.done():
+            after.result()
         waiting = _Waiting(content)
+        if not self._queue:
+            self._moved_at = time.monotonic()
         self._queue.append(waiting)
         self._waiting_bytes += content.size
         if self._waiting_bytes >= MAX_WAITING_BYTES:
@@ -70,6 +76,10 @@ class Committer:
     async def commit(self, content: Write) -> None:
         """Hand over a write and wait until it is durable."""
         await (await self.submit(content))
+
+    def stalled_seconds(self) -> float:
+        """Seconds for which there has been work and none was finished."""
+        return time.monotonic() - self._moved_at if self._queue else 0.0
 
     async def run(self) -> None:
         """Commit until cancelled. Raises RefusedError when waiting for the database does not help."""
@@ -99,39 +109,39 @@ class Committer:
         return lot
 
     async def _commit_lot(self, lot: list[_Waiting]) -> None:
+        live = [waiting for waiting in lot if not waiting.committed.done()]
         try:
-            await self._commit_patiently([waiting.content for waiting in lot])
+            if live:
+                await self._commit_patiently([waiting.content for waiting in live])
         except _UnwritableError as error:
-            if len(lot) > 1:
+            if len(live) == 1:
+                self._fail_run(live[0], InvariantError(f"the database does not take this write: {error}"))
+            else:
                 # One write the database cannot take must not hold up the others: find it.
                 for waiting in lot:
                     await self._commit_lot([waiting])
                 return
-            self._release(lot, InvariantError(f"the database does not take this write: {error}"))
-            return
-        self._release(lot, None)
+        self._release(lot)
 
-    def _release(self, lot: list[_Waiting], failure: BaseException | None) -> None:
+    def _fail_run(self, failed: _Waiting, failure: InvariantError) -> None:
+        """Fail a write and all that its run has waiting behind it: they build upon it."""
+        for waiting in self._queue:
+            if not waiting.committed.done() and _subject(waiting.content) == _subject(failed.content):
+                waiting.committed.set_exception(failure)
+
+    def _release(self, lot: list[_Waiting]) -> None:
+        self._moved_at = time.monotonic()
         for waiting in lot:
             self._queue.popleft()
             self._waiting_bytes -= waiting.content.size
-            if waiting.committed.done():
-                continue
-            if failure is None:
+            if not waiting.committed.done():
                 waiting.committed.set_result(None)
-            else:
-                waiting.committed.set_exception(failure)
         if self._waiting_bytes < MAX_WAITING_BYTES:
             self._has_room.set()
 
     async def _commit_patiently(self, lot: list[Write]) -> None:
         """Repeat until it is durable. Whether a failed commit was durable does not matter: a repetition is harmless."""
-        async for attempt in tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(is_outage),
-            wait=tenacity.wait_exponential_jitter(initial=0.1, max=15, jitter=0.5),
-            before_sleep=self._report_outage,
-            reraise=True,
-        ):
+        async for attempt in outage_retries(self._report_outage):
             with attempt:
                 await self._commit_once(lot)
         if self.is_failing:
@@ -178,6 +188,10 @@ class Committer:
             waiting = self._queue.popleft()
             if not waiting.committed.done():
                 waiting.committed.set_exception(RefusedError("nothing can be committed any more"))
+
+
+def _subject(content: Write) -> str | None:
+    return content.run_id if isinstance(content, RunWrite) else None
 
 
 class _UnwritableError(Exception):

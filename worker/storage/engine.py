@@ -2,10 +2,12 @@
 
 import os
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+import tenacity
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -129,6 +131,20 @@ def is_outage(error: BaseException) -> bool:
             cause, OSError | TimeoutError | sa.exc.TimeoutError | sa.exc.InterfaceError | ConnectionError
         ) or (type(cause).__module__.startswith("asyncpg"))
     return str(sqlstate)[:2] in {"08", "25", "40", "53", "54", "55", "57", "58", "XX"}
+
+
+def outage_retries(
+    before_sleep: Callable[[tenacity.RetryCallState], None] | None = None,
+    stop: tenacity.stop.stop_base | Callable[[tenacity.RetryCallState], bool] = tenacity.stop_never,
+) -> tenacity.AsyncRetrying:
+    """Attempts against a database that is away; every other error goes straight through."""
+    return tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception(is_outage),
+        wait=tenacity.wait_exponential_jitter(initial=0.1, max=15, jitter=0.5),
+        stop=stop,
+        before_sleep=before_sleep,
+        reraise=True,
+    )
 
 
 def describe(error: BaseException) -> str:

@@ -6,10 +6,13 @@ from typing import Any
 
 import msgspec
 import sqlalchemy as sa
+import tenacity
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker.core.records import RunRecord
 from worker.core.runlog import Gap
+from worker.errors import RefusedError
+from worker.storage.engine import describe, is_outage, is_refusal, outage_retries
 from worker.storage.tables import chunks, discovery, gaps, rejects, runs
 from worker.storage.writes import POSITION_SCOPE
 
@@ -33,10 +36,11 @@ class DiscoveryState(msgspec.Struct, frozen=True):
 
 
 class Reads:
-    """Queries; each opens its own short read transaction."""
+    """Queries; each opens its own short read transaction. With `is_patient`, an outage is waited out."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, *, is_patient: bool) -> None:
         self._engine = engine.execution_options(reads_only=True)
+        self._stop = tenacity.stop_never if is_patient else tenacity.stop_after_attempt(1)
 
     async def unsettled_since(self, since: dt.datetime) -> list[StoredRun]:
         """Runs created since then that there is still something to do for, oldest first: it expires first."""
@@ -91,9 +95,17 @@ class Reads:
         return {row.run_id: row.received_at for row in await self._all(query)}
 
     async def _all(self, query: sa.Select[*tuple[Any, ...]]) -> Sequence[Any]:
-        async with self._engine.connect() as connection:
-            rows: Sequence[Any] = (await connection.execute(query)).all()
-            return rows
+        rows: Sequence[Any] = ()
+        try:
+            async for attempt in outage_retries(stop=self._stop):
+                with attempt:
+                    async with self._engine.connect() as connection:
+                        rows = (await connection.execute(query)).all()
+        except Exception as error:
+            if is_refusal(error) or is_outage(error):
+                raise RefusedError(f"the database cannot be read: {describe(error)}") from error
+            raise
+        return rows
 
 
 def _stored_run(row: Any) -> StoredRun:

@@ -222,7 +222,8 @@ async def _write_sweep(connection: AsyncConnection, dialect: Dialect, sweep: Swe
             for run in sorted(sweep.runs, key=lambda run: run.run_id)
         ]
         # A listing is a snapshot: what a follower has read since of a run that ended is newer.
-        is_open = sa.or_(tables.runs.c.status.is_(None), tables.runs.c.status.not_in(sorted(ENDED_STATUSES)))
+        status = tables.runs.c.status
+        is_open = sa.or_(status.is_(None), sa.and_(*(status != ended for ended in sorted(ENDED_STATUSES))))
         await connection.execute(
             insert.on_conflict_do_update(index_elements=["run_id"], set_=changed, where=is_open), found
         )

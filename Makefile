@@ -1,0 +1,86 @@
+# The only interface to this project: a person, .ci/run and the documentation call the same targets.
+# It needs Python 3.11 or newer, make, git and a pip index; whatever else it takes goes into .venv.
+# Written for GNU make 3.81 (macOS) and newer.
+
+PYTHON ?= python3
+# SIGKILLs for each database in `make kills`
+KILLS ?= 200
+# More arguments for pytest: make test ARGS="tests/core -k ping"
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+
+export KILLS
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format kills wheel real bench setup constraints clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: $(READY) ## See it work: a talkative server, a worker killed again and again, and the count at the end
+	@$(BIN)/letta-ingest demo
+
+test: $(READY) ## Run the tests, on SQLite and on a real PostgreSQL (under 3 minutes)
+	$(PYTEST) -m "not real and not campaign" $(ARGS)
+
+check: $(READY) ## Check style, types and the direction of imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy worker
+	$(BIN)/lint-imports
+
+format: $(READY) ## Format the code and repair what ruff can repair
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+kills: $(READY) ## Kill the worker KILLS times (200) on each database and count what was stored
+	$(PYTEST) -s -m campaign --ignore=tests/system/test_wheel.py $(ARGS)
+
+wheel: $(READY) ## Build the wheel, install it into an empty virtualenv, and use it there
+	$(PYTEST) -m campaign tests/system/test_wheel.py
+
+real: $(READY) ## Follow a real Letta server, installed for it, and kill the worker mid-run (minutes)
+	$(PYTEST) -s -m real tests/real_letta $(ARGS)
+
+bench: $(READY) ## Measure chunks per second, catch-up time and memory
+	@test -f benchmarks/run.py || { echo "make bench: there are no benchmarks yet (benchmarks/run.py)" >&2; exit 1; }
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+setup: $(READY) ## Build .venv, if pyproject.toml or constraints.txt changed
+
+# Built anew rather than updated: a package that was dropped from pyproject.toml must not stay importable.
+$(READY): pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { \
+		echo "make: $(PYTHON) not found; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "make: letta-ingest needs Python 3.11 or newer, and $(PYTHON) is `"$(PYTHON)" --version 2>&1`;" \
+			"name another: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Setting up $(VENV) (once; a minute or two)"
+	@rm -rf $(VENV)
+	@"$(PYTHON)" -m venv $(VENV) || { \
+		echo "make: $(PYTHON) cannot make a virtualenv; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@# pip first: dependency groups need 25.1, and build constraints 25.3
+	@$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --upgrade pip
+	@$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --build-constraint constraints.txt --group dev --editable .
+	@touch $(READY)
+
+constraints: ## Renew constraints.txt with the newest versions that pyproject.toml allows
+	@rm -rf .cache/constraints && mkdir -p .cache
+	@"$(PYTHON)" -m venv .cache/constraints
+	@.cache/constraints/bin/python $(PIP_INSTALL) --upgrade pip
+	@.cache/constraints/bin/python $(PIP_INSTALL) --group dev --editable . editables hatchling
+	@sed -n '/^#/p;/^[^#]/q' constraints.txt > .cache/constraints.txt
+	@.cache/constraints/bin/python -m pip freeze --all --exclude-editable --exclude setuptools \
+		| grep '^[A-Za-z0-9._-]*==' >> .cache/constraints.txt
+	@mv .cache/constraints.txt constraints.txt
+	@rm -rf .cache/constraints
+	@echo "constraints.txt is renewed: run make check test, then commit it"
+
+clean: ## Remove everything that these targets made
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

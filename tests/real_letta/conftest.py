@@ -1,0 +1,96 @@
+"""Fixtures of the tests against a real Letta server: the lab, who talks in it, who looks into it, and the worker."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from tests.real_letta.driver import Driver
+from tests.real_letta.lab.lab import Lab
+from tests.real_letta.server_log import ServerLog
+from tests.real_letta.stored import Database
+from tests.real_letta.worker_process import SECRET, Worker
+
+Say = Callable[[str], None]
+
+
+class MakeWorker(Protocol):
+    """Makes a worker that watches the conversations, the agents, or (`watch_all`) everything."""
+
+    def __call__(
+        self, *, conversations: list[str] | None = None, agents: list[str] | None = None, watch_all: bool = False
+    ) -> Worker:
+        """Make it; it is not started."""
+        ...
+
+
+@pytest.fixture(scope="session")
+def say(request: pytest.FixtureRequest) -> Say:
+    """Print a line on the terminal at once: these tests take minutes and must not look dead."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def say(text: str) -> None:
+        with capture.global_and_fixture_disabled():
+            print(f"\n[real letta] {text}", end="", flush=True)
+
+    return say
+
+
+@pytest.fixture(scope="session")
+def lab(say: Say, request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """The running server. Its logs are kept if a test failed."""
+    with Lab(say) as lab:
+        yield lab
+        lab.keep_directory = request.session.testsfailed > 0
+
+
+@pytest.fixture(scope="session")
+def driver(lab: Lab) -> Iterator[Driver]:
+    """The application that talks to the server."""
+    driver = Driver(lab.letta.url)
+    yield driver
+    driver.close()
+
+
+@pytest.fixture(scope="session")
+def log(lab: Lab) -> Iterator[ServerLog]:
+    """The oracle."""
+    log = ServerLog(lab.redis.port)
+    yield log
+    log.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, lab: Lab, tmp_path: Path) -> Database:
+    """An empty database for the worker, of each kind in turn."""
+    if request.param == "sqlite":
+        return Database("sqlite", f"sqlite:///{tmp_path}/letta-ingest.db")
+    return Database("postgresql", lab.postgres.create_database(tmp_path.name))
+
+
+@pytest.fixture
+def sqlite_database(tmp_path: Path) -> Database:
+    """An empty SQLite database, for tests that need not be repeated on the other kind."""
+    return Database("sqlite", f"sqlite:///{tmp_path}/letta-ingest.db")
+
+
+@pytest.fixture
+def make_worker(lab: Lab, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[MakeWorker]:
+    """Make the worker of this test; at the end nothing of it is left, and its log must not hold the API key (I10)."""
+    made: list[Worker] = []
+
+    def make_worker(
+        *, conversations: list[str] | None = None, agents: list[str] | None = None, watch_all: bool = False
+    ) -> Worker:
+        kind = "database" if "database" in request.fixturenames else "sqlite_database"
+        wanted = {"all": watch_all, "conversations": conversations, "agents": agents}
+        watch = {name: value for name, value in wanted.items() if value}
+        worker = Worker(tmp_path, lab.letta.url, request.getfixturevalue(kind), watch)
+        made.append(worker)
+        return worker
+
+    yield make_worker
+    for worker in made:
+        worker.close()
+        assert SECRET not in worker.log.read_text(errors="replace")

@@ -1,0 +1,96 @@
+"""The package as a user gets it: built, installed with plain pip into an empty virtualenv, run far from the checkout.
+
+`make wheel` and .ci/run call it. It is a campaign because it downloads every dependency.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[2]
+
+CONFIG = """
+[letta]
+base_url = "http://127.0.0.1:1"
+
+[watch]
+all = true
+
+[storage]
+url = "sqlite:///{database}"
+"""
+
+pytestmark = pytest.mark.campaign
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is not the checkout, and knows nothing of it."""
+    return tmp_path_factory.mktemp("elsewhere")
+
+
+@pytest.fixture(scope="module")
+def wheel(elsewhere: Path) -> Path:
+    """The wheel of this checkout."""
+    _run(elsewhere, sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", "dist", CHECKOUT)
+    (built,) = (elsewhere / "dist").glob("letta_ingest-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def programs(elsewhere: Path, wheel: Path) -> Path:
+    """The programs of a virtualenv that held nothing but pip before the wheel came."""
+    venv.create(elsewhere / "venv", with_pip=True)
+    programs = elsewhere / "venv" / "bin"
+    _run(elsewhere, programs / "python", "-m", "pip", "install", "--quiet", wheel)
+    return programs
+
+
+def test_wheel_holds_the_package_only(wheel: Path) -> None:
+    """The wheel holds the worker with its migrations, and neither tests nor tools."""
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"worker", f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"}
+    assert "worker/migrations/env.py" in names
+    assert any(name.startswith("worker/migrations/versions/") for name in names)
+    assert "worker/py.typed" in names
+
+
+def test_installed_command_helps(elsewhere: Path, programs: Path) -> None:
+    """The installed `letta-ingest --help` lists its commands and exits 0."""
+    assert "migrate" in _run(elsewhere, programs / "letta-ingest", "--help")
+
+
+def test_installed_command_migrates(elsewhere: Path, programs: Path) -> None:
+    """The installed `letta-ingest migrate` makes the schema from the migrations inside the wheel."""
+    database = elsewhere / "letta-ingest.db"
+    (elsewhere / "config.toml").write_text(CONFIG.format(database=database))
+    _run(elsewhere, programs / "letta-ingest", "migrate", "--config", "config.toml")
+    with sqlite3.connect(database) as connection:
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    connection.close()
+    assert {"runs", "chunks", "gaps", "rejects", "messages"} <= tables
+
+
+def _run(folder: Path, *command: str | Path) -> str:
+    """Run a command in the folder without our own virtualenv or import path, and return what it printed."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    done = subprocess.run(
+        command,
+        check=False,
+        cwd=folder,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, f"{' '.join(map(str, command))} exited {done.returncode}:\n{done.stdout}"
+    return done.stdout

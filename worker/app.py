@@ -1,0 +1,136 @@
+"""Composition root: builds engine, HTTP client, stores and service from Config. Used by cli.py; knows everybody."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+
+import httpx
+from httpx_aiohttp import HttpxAiohttpClient
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from worker.config import Config
+from worker.discovery import Discovery, Watch, watch_of
+from worker.errors import ConfigError, RefusedError
+from worker.follower import Equipment
+from worker.letta.client import LettaClient, StreamOptions
+from worker.monitor import Health, Monitor
+from worker.observe import Log, Metrics
+from worker.patience import Patience
+from worker.service import Service
+from worker.storage import schema
+from worker.storage.committer import Committer
+from worker.storage.engine import create_engine, describe, is_outage, is_sqlite, outage_retries
+from worker.storage.reads import Reads
+
+
+async def run(config: Config, log: Log, *, once: bool, patience: Patience | None = None) -> None:
+    """Run the service until a signal, or once. Raises RefusedError, ConfigError or InvariantError."""
+    metrics = Metrics()
+    async with open_database(config) as engine, open_letta(config) as letta:
+        await _wait_for_schema(engine, log)
+        committer = Committer(engine, log, metrics)
+        reads = Reads(engine, is_patient=True)
+        discovery = Discovery(letta, committer, reads, log)
+        await discovery.load(watch(config), config.discovery.start)
+        health = Health(committer)
+        equipment = Equipment(letta, committer, reads, patience or Patience(), metrics, log)
+        service = Service(
+            discovery,
+            equipment,
+            health,
+            interval=config.discovery.interval,
+            max_streams=config.letta.max_streams,
+        )
+        async with Monitor(config.service.listen, health, metrics):
+            _stop_on_signals(service)
+            log.info(
+                "worker.started",
+                version=version("letta-ingest"),
+                server=config.letta.base_url,
+                watching=sorted(watch(config).scopes),
+                database=engine.url.render_as_string(hide_password=True),
+            )
+            await service.run(once=once)
+
+
+@contextlib.asynccontextmanager
+async def open_database(config: Config) -> AsyncIterator[AsyncEngine]:
+    """The engine; closed at the end."""
+    engine = create_engine(config.storage.url.get_secret_value())
+    try:
+        yield engine
+    finally:
+        await engine.dispose()
+
+
+@contextlib.asynccontextmanager
+async def open_letta(config: Config) -> AsyncIterator[LettaClient]:
+    """The client of the Letta server; its connections are closed at the end."""
+    settings = config.letta
+    key = settings.read_api_key()
+    headers = {"user-agent": f"letta-ingest/{version('letta-ingest')}"}
+    if key is not None:
+        headers["authorization"] = f"Bearer {key.get_secret_value()}"
+    # Pings are asked for, so bytes come every 20 s; without them a silent run looks like a dead connection.
+    read_timeout = settings.read_timeout if settings.include_pings else None
+    try:
+        http = HttpxAiohttpClient(
+            base_url=settings.base_url,
+            headers=headers,
+            timeout=httpx.Timeout(read_timeout, connect=settings.connect_timeout, pool=None),
+            # aiohttp would take None for its own limit of 100.
+            limits=httpx.Limits(max_connections=settings.max_streams + 16, keepalive_expiry=4.0),
+            verify=str(settings.ca_file) if settings.ca_file else True,
+            follow_redirects=True,
+        )
+    except OSError as error:
+        raise ConfigError(f"letta.ca_file: cannot use {settings.ca_file}: {error.strerror or error}") from None
+    options = StreamOptions(
+        batch_size=settings.batch_size,
+        poll_interval=settings.poll_interval,
+        include_pings=settings.include_pings,
+        max_event_bytes=settings.max_event_bytes,
+    )
+    async with http:
+        yield LettaClient(http, options)
+
+
+def watch(config: Config) -> Watch:
+    """The watched scopes."""
+    return watch_of(is_all=config.watch.all, conversations=config.watch.conversation_ids, agents=config.watch.agents)
+
+
+async def _wait_for_schema(engine: AsyncEngine, log: Log) -> None:
+    """A SQLite file is ours and is upgraded; a PostgreSQL schema is its administrator's and must be right already."""
+
+    def report(state: object) -> None:
+        error = state.outcome.exception()  # type: ignore[attr-defined]
+        log.warning("database.unavailable", error=describe(error), waiting=0)
+
+    async for attempt in outage_retries(report):
+        with attempt:
+            if is_sqlite(engine):
+                before, after = await schema.upgrade(engine)
+                if before != after:
+                    log.info("schema.upgraded", before=before, after=after)
+            else:
+                await schema.require_current(engine)
+
+
+def _stop_on_signals(service: Service) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, service.stop)
+
+
+async def migrate(config: Config) -> tuple[str | None, str]:
+    """Upgrade the schema; return the revision before and after. Raises RefusedError, also when the database is away."""
+    async with open_database(config) as engine:
+        try:
+            return await schema.upgrade(engine)
+        except Exception as error:
+            if is_outage(error):
+                raise RefusedError(f"the database cannot be reached: {describe(error)}") from error
+            raise

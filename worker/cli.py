@@ -1,0 +1,183 @@
+"""The commands. The only place that knows exit codes and terminals; `letta-ingest --help` is its documentation.
+
+Exit codes: 0 done; 1 anything unforeseen; 2 usage or configuration; 3 the server or the database refuses us.
+"""
+
+import asyncio
+import datetime as dt
+import sys
+from collections.abc import Coroutine
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from worker import app as composition
+from worker import checks, config, observe
+from worker.errors import ConfigError, RefusedError, WorkerError
+from worker.status import Status, printable, read_status
+from worker.storage import schema
+from worker.storage.reads import Reads
+
+Result = TypeVar("Result")
+
+EXIT_OTHER, EXIT_CONFIG, EXIT_REFUSED = 1, 2, 3
+
+cli = typer.Typer(
+    name="letta-ingest",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""Stores every chunk your Letta agents stream in SQL: at least once from Letta, stored exactly once.
+
+Start with `letta-ingest demo`: it needs no server. Then copy config.example.toml, try it with
+`letta-ingest check --config config.toml`, and let `letta-ingest run --config config.toml` run as a service.""",
+    epilog="""Exit codes: 0 done; 2 usage or configuration; 3 the server or database refused (credentials, schema);
+1 anything else. Every setting can also come from the environment: LETTA_INGEST_SECTION__KEY, for instance
+LETTA_INGEST_STORAGE__URL; LETTA_BASE_URL and LETTA_API_KEY are read as the official client reads them.""",
+)
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="TOML file; config.example.toml lists every setting.", show_default=False),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def main() -> None:
+    """The console script."""
+    cli()
+
+
+@cli.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Print the version where asked for."""
+    if version:
+        typer.echo(f"letta-ingest {version_of('letta-ingest')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@cli.command()
+def run(
+    config_path: ConfigOption = None,
+    once: Annotated[
+        bool, typer.Option("--once", help="Follow everything there is until no run is active, then exit 0.")
+    ] = False,
+) -> None:
+    """Follow the watched runs and store every chunk, until SIGTERM or SIGINT (the service).
+
+    Safe to kill at any moment: it goes on from the stored cursor. Log lines go to stderr.
+    """
+    settings = _load(config_path)
+    log = observe.set_up_logging(settings.log.level, settings.log.format)
+    _do(composition.run(settings, log, once=once))
+
+
+@cli.command()
+def migrate(config_path: ConfigOption = None) -> None:
+    """Create or upgrade the database's schema. Running it again is harmless.
+
+    PostgreSQL needs it before `run` and after an upgrade of letta-ingest; a SQLite file `run` upgrades by itself.
+    """
+    before, after = _do(composition.migrate(_load(config_path)))
+    typer.echo(
+        f"schema is current ({after})" if before == after else f"schema upgraded: {before or 'empty'} -> {after}"
+    )
+
+
+@cli.command()
+def check(config_path: ConfigOption = None) -> None:
+    """Look at configuration, credentials, server and database, and say of each: ok, or what to do."""
+    lines = _do(_checks(_load(config_path)))
+    if any(not line.is_ok for line in lines):
+        raise typer.Exit(EXIT_REFUSED if any(line.is_refusal for line in lines) else EXIT_OTHER)
+
+
+@cli.command()
+def status(
+    config_path: ConfigOption = None,
+    as_json: JsonOption = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every second until Ctrl-C.")] = False,
+) -> None:
+    """Show runs by state, what is being followed, cursors and lag. Reads the database only; the worker may run."""
+    _do(_show_status(_load(config_path), as_json=as_json, watch=watch))
+
+
+async def _checks(settings: config.Config) -> list[checks.Check]:
+    console, lines = Console(highlight=False), []
+    async for line in checks.check(settings):
+        mark = "[green]ok  [/]" if line.is_ok else "[red]FAIL[/]"
+        console.print(f"{mark} {escape(printable(line.name)):14} {escape(printable(line.text))}", soft_wrap=True)
+        lines.append(line)
+    return lines
+
+
+async def _show_status(settings: config.Config, *, as_json: bool, watch: bool) -> None:
+    async with composition.open_database(settings) as engine:
+        await schema.require_current(engine)
+        reads = Reads(engine, is_patient=False)
+        console = Console(highlight=False)
+        if not watch:
+            figures = await read_status(reads, dt.datetime.now(dt.UTC))
+            if as_json:
+                typer.echo(msgspec.json.encode(figures).decode())
+            else:
+                console.print(_status_table(figures))
+            return
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                live.update(_status_table(await read_status(reads, dt.datetime.now(dt.UTC))), refresh=True)
+                await asyncio.sleep(1)
+
+
+def _status_table(figures: Status) -> Table:
+    states = ", ".join(f"{count} {state}" for state, count in sorted(figures.runs.items())) or "none"
+    until = f"{figures.discovered_until:%Y-%m-%d %H:%M:%S} UTC" if figures.discovered_until else "never"
+    title = f"runs: {states} | chunks: {figures.chunks} | open gaps: {figures.open_gaps} | rejects: {figures.rejects}"
+    table = Table(title=title, caption=f"newest run discovered: {until}", title_justify="left", caption_justify="left")
+    for column in ("unfinished run", "conversation", "state", "status", "cursor", "last chunk", "expires in"):
+        table.add_column(column, overflow="fold")
+    for run in figures.unfinished:
+        last = "-" if run.last_chunk_seconds_ago is None else f"{run.last_chunk_seconds_ago:.0f} s ago"
+        cells = [run.run_id, run.conversation_id or "(agent-direct)", run.state, run.status, run.cursor, last]
+        minutes = f"{run.seconds_to_expiry / 60:.0f} min"
+        table.add_row(*(escape(printable(cell)) for cell in cells), minutes)
+    return table
+
+
+def _load(path: Path | None) -> config.Config:
+    try:
+        return config.load(path)
+    except ConfigError as error:
+        _die(error, EXIT_CONFIG)
+
+
+def _do(work: Coroutine[Any, Any, Result]) -> Result:
+    """Run a command; turn what goes wrong into one sentence and an exit code."""
+    try:
+        return asyncio.run(work)
+    except ConfigError as error:
+        _die(error, EXIT_CONFIG)
+    except RefusedError as error:
+        _die(error, EXIT_REFUSED)
+    except WorkerError as error:
+        _die(error, EXIT_OTHER)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _die(error: WorkerError, code: int) -> NoReturn:
+    print(f"letta-ingest: {error}", file=sys.stderr)  # noqa: T201
+    raise typer.Exit(code)

@@ -1,0 +1,220 @@
+"""The configuration: TOML file and environment -> Config, every fault reported at once with its key's path.
+
+Used by cli.py and app.py only; everybody else is handed values.
+"""
+
+import datetime as dt
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from worker.errors import ConfigError
+from worker.storage.engine import parse_url
+
+CREDENTIAL_NAME = "letta_api_key"
+"""The name of the systemd credential that is used without being configured (LoadCredential=letta_api_key:...)."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Letta(_Section):
+    """How to reach the Letta server, and the parameters of its streams."""
+
+    base_url: str = "http://localhost:8283"
+    api_key: SecretStr | None = None
+    api_key_file: Path | None = None
+    ca_file: Path | None = None
+    connect_timeout: float = Field(10.0, gt=0)
+    read_timeout: float = Field(90.0, gt=0)
+    batch_size: int = Field(1000, ge=2)
+    poll_interval: float = Field(0.1, gt=0)
+    include_pings: bool = True
+    max_streams: int = Field(16, ge=1)
+    max_event_bytes: int = Field(32 * 1024 * 1024, ge=1024)
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_http_url(cls, value: str) -> str:
+        if not value.startswith(("http://", "https://")) or len(value.split("//", 1)[1]) == 0:
+            raise ValueError('write the server\'s address with its scheme, such as "https://letta.example.com"')
+        return value.rstrip("/").removesuffix("/v1")
+
+    @field_validator("api_key")
+    @classmethod
+    def _is_header_value(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not (text := value.get_secret_value()).isprintable() | (not text.isascii()):
+            raise ValueError(
+                "holds characters that cannot stand in an HTTP header; is it the whole key and only the key?"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _has_one_key(self) -> "Letta":
+        if self.api_key is not None and self.api_key_file is not None:
+            raise ValueError("set api_key or api_key_file, not both")
+        return self
+
+    def read_api_key(self) -> SecretStr | None:
+        """The key from wherever it is kept. Raises ConfigError when its file cannot be read."""
+        if self.api_key is not None:
+            return self.api_key
+        path = self.api_key_file
+        if path is None and (folder := os.environ.get("CREDENTIALS_DIRECTORY")):
+            credential = Path(folder) / CREDENTIAL_NAME
+            path = credential if credential.exists() else None
+        if path is None:
+            return None
+        try:
+            return self._is_header_value(SecretStr(path.read_text().strip()))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"letta.api_key_file: cannot use {path}: {error}") from None
+
+
+class AgentDirect(_Section):
+    """A conversation named as the API names it: `default` with the agent's id."""
+
+    conversation_id: Literal["default"] = "default"
+    agent_id: str = Field(pattern="^agent-")
+
+
+class Watch(_Section):
+    """Whose runs are stored."""
+
+    all: bool = False
+    conversations: tuple[str | AgentDirect, ...] = ()
+    agents: tuple[str, ...] = ()
+
+    @field_validator("conversations")
+    @classmethod
+    def _are_conversations(cls, value: tuple[str | AgentDirect, ...]) -> tuple[str | AgentDirect, ...]:
+        for entry in value:
+            if isinstance(entry, str) and not entry.startswith(("conv-", "agent-")):
+                raise ValueError(
+                    f'{entry!r}: write a "conv-..." id, or for an agent\'s own conversation "agent-..."'
+                    ' or { conversation_id = "default", agent_id = "agent-..." }'
+                )
+        return value
+
+    @field_validator("agents")
+    @classmethod
+    def _are_agents(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            if not entry.startswith("agent-"):
+                raise ValueError(f'{entry!r}: write an "agent-..." id')
+        return value
+
+    @model_validator(mode="after")
+    def _watches_something(self) -> "Watch":
+        if not (self.all or self.conversations or self.agents):
+            raise ValueError("nothing is watched: set all = true, or name conversations or agents")
+        return self
+
+    @property
+    def conversation_ids(self) -> list[str]:
+        """Conversations as ids; an agent-direct one is its agent's id."""
+        return [entry if isinstance(entry, str) else entry.agent_id for entry in self.conversations]
+
+
+class Storage(_Section):
+    """Where chunks are kept."""
+
+    url: SecretStr = SecretStr("sqlite:///letta-ingest.db")
+
+    @field_validator("url")
+    @classmethod
+    def _is_supported(cls, value: SecretStr) -> SecretStr:
+        parse_url(value.get_secret_value())
+        return value
+
+
+class Discovery(_Section):
+    """How runs are found."""
+
+    interval: float = Field(5.0, gt=0)
+    start: Literal["earliest", "latest"] | dt.datetime = "earliest"
+
+    @field_validator("start")
+    @classmethod
+    def _has_zone(cls, value: str | dt.datetime) -> str | dt.datetime:
+        if isinstance(value, dt.datetime) and value.tzinfo is None:
+            raise ValueError("a time needs its zone, such as 2026-01-31T00:00:00Z")
+        return value
+
+
+class Service(_Section):
+    """What the worker shows of itself."""
+
+    listen: str = Field("127.0.0.1:9464", pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")
+
+
+class Log(_Section):
+    """What is logged to stderr, and how."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "console"] = "json"
+
+
+class Config(BaseSettings):
+    """All settings. `load` reads them; the sections are documented in config.example.toml."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LETTA_INGEST_", env_nested_delimiter="__", extra="forbid", frozen=True, hide_input_in_errors=True
+    )
+
+    letta: Letta = Letta()
+    watch: Watch
+    storage: Storage = Storage()
+    discovery: Discovery = Discovery()
+    service: Service = Service()
+    log: Log = Log()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Our own variables go before the official client's, and both before the file."""
+        return env_settings, init_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def load(path: Path | None) -> Config:
+    """Read the file and the environment. Raises ConfigError with every fault, one a line."""
+    if path is not None and not path.is_file():
+        raise ConfigError(f"{path}: there is no such file; start from config.example.toml")
+
+    class FromFile(Config):
+        model_config = SettingsConfigDict(toml_file=path)
+
+    try:
+        return FromFile(**_official_variables())
+    except ValidationError as error:
+        faults = "\n".join(f"  {_fault(fault)}" for fault in error.errors(include_input=False, include_url=False))
+        raise ConfigError(f"the configuration{f' in {path}' if path else ''} is wrong:\n{faults}") from None
+    except ValueError as error:  # not TOML
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _official_variables() -> dict[str, Any]:
+    """What the official client reads, so that one environment serves both."""
+    named = {"base_url": os.environ.get("LETTA_BASE_URL"), "api_key": os.environ.get("LETTA_API_KEY")}
+    letta = {key: value for key, value in named.items() if value}
+    return {"letta": letta} if letta else {}
+
+
+def _fault(fault: Any) -> str:
+    path = ".".join(str(part) for part in fault["loc"]) or "(top level)"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        message = "there is no such setting; config.example.toml lists them all"
+    elif fault["type"] == "missing" and path == "watch":
+        message = "nothing is watched: add a [watch] section with all = true, or name conversations or agents"
+    return f"{path}: {message}"

@@ -1,0 +1,307 @@
+"""The life of one run: load cursor -> stream -> accept -> commit -> finish; reconnects, decides endings.
+
+Used by service.py, one follower a run. An end is decided from evidence, never from EOF: the terminal marker, or
+what the run's own record says of a stream that serves nothing more (letta-protocol g, traps 4, 6, 8).
+"""
+
+import asyncio
+import datetime as dt
+import enum
+import time
+
+import msgspec
+import tenacity
+
+from worker import backfill
+from worker.core.chunks import Ping
+from worker.core.runlog import RunLog
+from worker.errors import (
+    NotFoundError,
+    NotStreamableError,
+    RunExpiredError,
+    RunIdIgnoredError,
+    TroubleError,
+)
+from worker.letta.client import Address, LettaClient
+from worker.observe import Log, Metrics
+from worker.patience import Patience, until_it_works
+from worker.places import Places
+from worker.storage.committer import Committer
+from worker.storage.reads import Reads, StoredRun
+from worker.storage.tables import UNFINISHED_STATES
+from worker.storage.writes import RunWrite
+
+
+class Outcome(enum.Enum):
+    """How one reading of the stream ended."""
+
+    FINISHED = "the terminal marker was seen and everything before it is accounted for"
+    CUT = "the stream ended without a marker"
+    HOLE = "numbers are missing; they may only be late"
+    UNPROVEN = "the events cannot be proven to be this run's"
+    YIELDED = "another run waits for the place"
+    QUIET = "the run is over, but its stream gives nothing more"
+
+
+class Equipment(msgspec.Struct, frozen=True):
+    """What all followers of a worker share."""
+
+    letta: LettaClient
+    committer: Committer
+    reads: Reads
+    patience: Patience
+    metrics: Metrics
+    log: Log
+
+
+class Follower:
+    """Follows one run until there is nothing more to do for it."""
+
+    def __init__(self, run: StoredRun, equipment: Equipment, places: Places) -> None:
+        self._run = run
+        self._record = run.record
+        self._with = equipment
+        self._places = places
+        self._log = equipment.log.bind(run_id=run.record.run_id)
+        self._runlog = RunLog(run.record.run_id, run.cursor, run.chunk_count)
+        self._last_commit: asyncio.Future[None] | None = None
+        self._is_by_run = False
+        self._chunk_at = 0.0
+        self._absence = equipment.patience.silence
+        self._fruitless_since: float | None = None
+        self._quiet_count = 0
+        self._reconnect_count = 0
+
+    async def follow(self) -> None:
+        """Store the run to its end, then its record and its messages.
+
+        Raises RefusedError when an operator has to act, and InvariantError when the database cannot take a write;
+        trouble of the server and of the database is waited out.
+        """
+        started = time.monotonic()
+        missing = await self._follow_stream() if self._run.state in UNFINISHED_STATES else None
+        state = await self._settle(missing)
+        self._with.metrics.duplicates.inc(self._runlog.duplicate_count)
+        self._log.info(
+            "run.finished",
+            state=state,
+            status=self._record.status,
+            cursor=self._runlog.cursor,
+            missing=missing,
+            duplicates=self._runlog.duplicate_count,
+            reconnects=self._reconnect_count,
+            seconds=round(time.monotonic() - started, 3),
+        )
+
+    async def _follow_stream(self) -> str | None:
+        """Read until the run is finished (None), or until its stream is gone for good: then why."""
+        if self._record.background is False:
+            return "not made in background mode"
+        gaps = await self._with.reads.open_gaps(self._record.run_id)
+        self._runlog = RunLog(self._record.run_id, self._run.cursor, self._run.chunk_count, gaps)
+        while True:
+            outcome = Outcome.UNPROVEN
+            try:
+                async for attempt in until_it_works(self._report_trouble):
+                    with attempt:
+                        outcome = await self._read_once()
+            except RunExpiredError:
+                return "expired"
+            except NotStreamableError:
+                return "not made in background mode"
+            except NotFoundError:
+                return "unknown to the server"
+            except RunIdIgnoredError:
+                outcome = Outcome.UNPROVEN
+            if outcome is Outcome.FINISHED:
+                return None
+            if outcome is Outcome.QUIET:
+                return "not served"
+            await self._prepare_next(outcome)
+
+    async def _prepare_next(self, outcome: Outcome) -> None:
+        self._reconnect_count += 1
+        self._with.metrics.reconnects.inc()
+        self._log.debug("run.reconnecting", cursor=self._runlog.cursor, reason=outcome.name.lower())
+        if outcome is Outcome.UNPROVEN:
+            self._is_by_run = True
+            self._log.info("run.address_changed", reason=outcome.value)
+        elif outcome is Outcome.YIELDED and self._quiet_seconds() >= self._with.patience.silence:
+            # Each reading of a silent run goes on costing the server after it is left: come back ever less often.
+            await asyncio.sleep(self._absence)
+            self._absence = min(2 * self._absence, self._with.patience.most_silence)
+
+    # One reading
+
+    async def _read_once(self) -> Outcome:
+        """Read one response to its end and see how far it brought us.
+
+        Raises TroubleError when it brought nothing, so that waits grow only without progress.
+        """
+        if self._fruitless_since is not None:
+            # Over REST first: a run without a stream should not be asked for one again and again.
+            self._record = await self._with.letta.retrieve_run(self._record.run_id)
+        before = self._runlog.cursor
+        trouble: TroubleError | None = None
+        try:
+            async with self._places.place(self._record.created_at):
+                outcome = await self._read_and_watch()
+        except TroubleError as error:
+            outcome, trouble = Outcome.CUT, error
+        finally:
+            if self._runlog.cursor > before:
+                self._fruitless_since = None
+                self._quiet_count = 0
+                self._absence = self._with.patience.silence
+        if outcome is Outcome.QUIET:
+            # Once more with a fresh request before the stream counts as gone.
+            self._quiet_count += 1
+            return Outcome.CUT if self._quiet_count == 1 else Outcome.QUIET
+        if outcome is Outcome.CUT and self._runlog.cursor == before:
+            return self._fruitless(trouble)
+        return outcome
+
+    def _fruitless(self, trouble: TroubleError | None) -> Outcome:
+        """A reading that brought nothing: try again after a wait, or, of a run long over, take it as the end."""
+        now = time.monotonic()
+        if self._fruitless_since is None:
+            self._fruitless_since = now
+        is_answer = trouble is None
+        if is_answer and self._record.is_ended and now - self._fruitless_since >= self._grace():
+            return Outcome.QUIET
+        raise trouble or TroubleError("the stream ended without bringing anything")
+
+    async def _read_and_watch(self) -> Outcome:
+        self._with.metrics.streams_open.inc()
+        reader = asyncio.create_task(self._read(), name=f"read:{self._record.run_id}")
+        try:
+            return await self._watch(reader)
+        finally:
+            # The response must be closed before the place is given away.
+            reader.cancel()
+            await asyncio.wait([reader])
+            self._with.metrics.streams_open.dec()
+
+    async def _read(self) -> Outcome:
+        """Read the stream from the cursor on and hand over for commit whatever becomes storable."""
+        address = Address.of(self._record, by_run=self._is_by_run)
+        async with self._with.letta.stream(address, self._runlog.cursor) as received:
+            self._runlog.begin_read(is_by_run=address.is_by_run)
+            if self._run.state == "pending":
+                await self._submit("following")
+            async for events in received:
+                for event in events:
+                    self._runlog.accept(event)
+                    if not isinstance(event, Ping):
+                        self._chunk_at = time.monotonic()
+                    if self._runlog.is_finished or self._runlog.is_unproven or self._runlog.has_hole:
+                        break
+                await self._submit()
+                if self._runlog.is_finished:
+                    await self._committed()
+                    return Outcome.FINISHED
+                if self._runlog.is_unproven:
+                    return Outcome.UNPROVEN
+                if self._runlog.has_hole:
+                    return Outcome.HOLE
+        return Outcome.CUT
+
+    async def _watch(self, reader: asyncio.Task[Outcome]) -> Outcome:
+        """Wait for the reader; meanwhile look up a silent run, and give the place away when it is wanted."""
+        patience = self._with.patience
+        opened = self._chunk_at = time.monotonic()
+        ended_at = opened if self._record.is_ended else None
+        look_up_after = patience.silence
+        tick = min(1.0, patience.silence / 4, patience.ended / 4, patience.turn / 4)
+        while True:
+            done, _ = await asyncio.wait({reader}, timeout=tick)
+            if done:
+                return reader.result()
+            now, quiet = time.monotonic(), self._quiet_seconds()
+            if ended_at is not None and now - max(ended_at, self._chunk_at) >= self._grace():
+                return Outcome.QUIET
+            if ended_at is None and quiet >= look_up_after:
+                look_up_after = quiet + min(quiet, patience.most_silence)
+                await self._look_up(quiet)
+                ended_at = time.monotonic() if self._record.is_ended else None
+            is_caught_up = quiet >= tick / 4 or now - opened >= 3 * patience.turn
+            if self._places.is_wanted and now - opened >= patience.turn and is_caught_up:
+                return Outcome.YIELDED
+
+    async def _look_up(self, quiet: float) -> None:
+        try:
+            self._record = await self._with.letta.retrieve_run(self._record.run_id)
+        except TroubleError as error:
+            self._log.info("run.silent", seconds=round(quiet), error=str(error))
+            return
+        self._log.info("run.silent", seconds=round(quiet), status=self._record.status)
+
+    def _quiet_seconds(self) -> float:
+        return time.monotonic() - self._chunk_at
+
+    def _grace(self) -> float:
+        patience = self._with.patience
+        return patience.cancelled if self._record.status == "cancelled" else patience.ended
+
+    def _report_trouble(self, retry: tenacity.RetryCallState) -> None:
+        error = retry.outcome.exception() if retry.outcome else None
+        wait = round(retry.next_action.sleep, 1) if retry.next_action else None
+        event = self._log.info if isinstance(error, TroubleError) else self._log.warning
+        event("run.reconnecting", cursor=self._runlog.cursor, error=str(error), attempt=retry.attempt_number, wait=wait)
+
+    # What is stored
+
+    async def _submit(self, state: str | None = None) -> None:
+        accepted = self._runlog.take()
+        if accepted is None and state is None:
+            return
+        if accepted is not None:
+            for gap in accepted.gaps:
+                self._log.warning("run.gap_found", first=gap.first_seq_id, last=gap.last_seq_id, cause=gap.cause)
+            for reject in accepted.rejects:
+                self._log.warning("run.rejected", after=reject.after_seq_id, reason=reject.reason)
+            if accepted.is_finished:
+                state = "complete" if accepted.is_complete else "incomplete"
+        write = RunWrite(self._record.run_id, dt.datetime.now(dt.UTC), state or "following", accepted)
+        self._last_commit = await self._with.committer.submit(write, after=self._last_commit)
+
+    async def _committed(self) -> None:
+        if self._last_commit is not None:
+            await self._last_commit
+
+    async def _settle(self, missing: str | None) -> str:
+        """Store what REST has of the run, and, where the stream is gone for good, what is missing and why."""
+        found = await backfill.fetch(self._with.letta, self._record, self._with.patience, is_over=missing is None)
+        self._record = found.record
+        await self._committed()
+        write = RunWrite(
+            run_id=self._record.run_id,
+            at=dt.datetime.now(dt.UTC),
+            error=found.missing,
+            record=found.record,
+            messages=found.messages,
+            is_settled=True,
+        )
+        if missing is not None:
+            write = await self._with_what_is_missing(write, missing)
+        await self._with.committer.commit(write)
+        stored = await self._with.reads.run(self._record.run_id)
+        state = stored.state if stored else "unknown"
+        self._with.metrics.runs_finished.labels(state=state).inc()
+        return state
+
+    async def _with_what_is_missing(self, write: RunWrite, missing: str) -> RunWrite:
+        """Close the run's log with a gap; the store says from where, because another worker may have gone further."""
+        stored = await self._with.reads.run(self._record.run_id)
+        if stored is None or stored.state not in UNFINISHED_STATES:
+            return write
+        if stored.cursor > self._runlog.cursor:
+            gaps = await self._with.reads.open_gaps(self._record.run_id)
+            self._runlog = RunLog(self._record.run_id, stored.cursor, stored.chunk_count, gaps)
+        self._runlog.give_up(missing)
+        accepted = self._runlog.take()
+        if write.messages:
+            state = "backfilled"
+        else:
+            state = "incomplete" if accepted is not None and accepted.stored_count else "unavailable"
+        return msgspec.structs.replace(write, accepted=accepted, state=state)

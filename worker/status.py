@@ -1,0 +1,76 @@
+"""What `letta-ingest status` shows, as one value both for people and for programs. Used by cli.py and the demo."""
+
+import datetime as dt
+from typing import Any
+
+import msgspec
+
+from worker.core.chunks import MAX_COLUMN_CHARS
+from worker.storage.reads import Reads
+
+STREAM_LIFE = dt.timedelta(hours=3)
+SHOWN_RUNS = 20
+
+
+class FollowedRun(msgspec.Struct, frozen=True):
+    """A run that is not finished. Times are UTC; seconds are whole."""
+
+    run_id: str
+    conversation_id: str | None
+    state: str
+    status: str | None
+    cursor: int
+    last_chunk_seconds_ago: float | None
+    seconds_to_expiry: float
+
+
+class Status(msgspec.Struct, frozen=True):
+    """Figures of the whole store, and the unfinished runs that expire first."""
+
+    at: dt.datetime
+    runs: dict[str, int]
+    chunks: int
+    open_gaps: int
+    rejects: int
+    discovered_until: dt.datetime | None
+    unfinished: list[FollowedRun]
+
+
+async def read_status(reads: Reads, now: dt.datetime, shown: int = SHOWN_RUNS) -> Status:
+    """Read it all. Cheap on a large store, and never in a writer's way."""
+    totals = await reads.totals()
+    unfinished = [
+        run for run in await reads.unsettled_since(now - STREAM_LIFE) if run.state in {"pending", "following"}
+    ]
+    unfinished = unfinished[:shown]
+    last = await reads.last_received([run.record.run_id for run in unfinished])
+    return Status(
+        at=now,
+        runs=await reads.runs_by_state(),
+        chunks=totals["chunks"],
+        open_gaps=totals["open_gaps"],
+        rejects=totals["rejects"],
+        discovered_until=(await reads.discovery_state()).position_at,
+        unfinished=[
+            FollowedRun(
+                run_id=run.record.run_id,
+                conversation_id=run.record.conversation_id,
+                state=run.state,
+                status=run.record.status,
+                cursor=run.cursor,
+                last_chunk_seconds_ago=_seconds(now - last[run.record.run_id]) if run.record.run_id in last else None,
+                seconds_to_expiry=_seconds(run.record.created_at + STREAM_LIFE - now),
+            )
+            for run in unfinished
+        ],
+    )
+
+
+def printable(value: Any) -> str:
+    """Text as a terminal may show it: an id made to move the cursor or to change colours is shown, not obeyed."""
+    text = "-" if value is None else str(value)[:MAX_COLUMN_CHARS]
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def _seconds(duration: dt.timedelta) -> float:
+    return round(duration.total_seconds(), 1)

@@ -1,0 +1,28 @@
+"""Telling systemd how the service is (sd_notify). Used by service.py; does nothing where systemd is not.
+
+Ours, because the protocol is one datagram, and the library for it (sdnotify) has had no release since 2016.
+"""
+
+import os
+import socket
+
+
+def notify(state: str) -> None:
+    """Send e.g. `READY=1`, `WATCHDOG=1` or `STOPPING=1`. Never raises: a deaf systemd must not stop the worker."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):  # Linux's abstract namespace
+        address = "\0" + address[1:]
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(state.encode(), address)
+    except OSError:
+        pass
+
+
+def watchdog_interval() -> float | None:
+    """Seconds between two signs of life systemd wants, halved for safety; None when it wants none."""
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    is_ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    return int(microseconds) / 2_000_000 if microseconds.isdigit() and is_ours else None
