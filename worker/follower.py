@@ -14,7 +14,7 @@ import tenacity
 
 from worker import backfill
 from worker.core.chunks import Ping
-from worker.core.runlog import RunLog
+from worker.core.runlog import Accepted, RunLog
 from worker.errors import (
     NotFoundError,
     NotStreamableError,
@@ -68,8 +68,10 @@ class Follower:
         self._is_by_run = False
         self._chunk_at = 0.0
         self._absence = equipment.patience.silence
-        self._fruitless_since: float | None = None
+        self._is_handing_over = False
+        self._fruitless_count = 0
         self._quiet_count = 0
+        self._quiet_since = 0.0
         self._reconnect_count = 0
 
     async def follow(self) -> None:
@@ -96,6 +98,7 @@ class Follower:
     async def _follow_stream(self) -> str | None:
         """Read until the run is finished (None), or until its stream is gone for good: then why."""
         if self._record.background is False:
+            await self._await_end()
             return "not made in background mode"
         gaps = await self._with.reads.open_gaps(self._record.run_id)
         self._runlog = RunLog(self._record.run_id, self._run.cursor, self._run.chunk_count, gaps)
@@ -108,6 +111,7 @@ class Follower:
             except RunExpiredError:
                 return "expired"
             except NotStreamableError:
+                await self._await_end()
                 return "not made in background mode"
             except NotFoundError:
                 return "unknown to the server"
@@ -126,50 +130,62 @@ class Follower:
         if outcome is Outcome.UNPROVEN:
             self._is_by_run = True
             self._log.info("run.address_changed", reason=outcome.value)
-        elif outcome is Outcome.YIELDED and self._quiet_seconds() >= self._with.patience.silence:
+        elif outcome is Outcome.YIELDED and self._fruitless_count:
             # Each reading of a silent run goes on costing the server after it is left: come back ever less often.
             await asyncio.sleep(self._absence)
             self._absence = min(2 * self._absence, self._with.patience.most_silence)
 
     # One reading
 
+    async def _await_end(self) -> None:
+        """Wait until a run without a stream is over: only then does REST have its messages."""
+        until = self._record.created_at + dt.timedelta(seconds=self._with.patience.streamless)
+        delay = 1.0
+        while not self._record.is_ended and dt.datetime.now(dt.UTC) < until:
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, self._with.patience.most_silence)
+            async for attempt in until_it_works(self._report_trouble):
+                with attempt:
+                    self._record = await self._with.letta.retrieve_run(self._record.run_id)
+
     async def _read_once(self) -> Outcome:
         """Read one response to its end and see how far it brought us.
 
         Raises TroubleError when it brought nothing, so that waits grow only without progress.
         """
-        if self._fruitless_since is not None:
+        if self._fruitless_count:
             # Over REST first: a run without a stream should not be asked for one again and again.
             self._record = await self._with.letta.retrieve_run(self._record.run_id)
         before = self._runlog.cursor
-        trouble: TroubleError | None = None
         try:
             async with self._places.place(self._record.created_at):
                 outcome = await self._read_and_watch()
-        except TroubleError as error:
-            outcome, trouble = Outcome.CUT, error
-        finally:
-            if self._runlog.cursor > before:
-                self._fruitless_since = None
-                self._quiet_count = 0
-                self._absence = self._with.patience.silence
-        if outcome is Outcome.QUIET:
-            # Once more with a fresh request before the stream counts as gone.
-            self._quiet_count += 1
-            return Outcome.CUT if self._quiet_count == 1 else Outcome.QUIET
-        if outcome is Outcome.CUT and self._runlog.cursor == before:
-            return self._fruitless(trouble)
-        return outcome
+        except TroubleError:
+            self._quiet_count = 0  # the silence of a server in trouble says nothing
+            if self._runlog.cursor == before:
+                self._fruitless_count += 1
+                raise
+            outcome = Outcome.CUT
+        if self._runlog.cursor == before and outcome in {Outcome.CUT, Outcome.QUIET, Outcome.YIELDED}:
+            self._fruitless_count += 1
+            return self._weigh_silence(outcome)
+        self._fruitless_count = self._quiet_count = 0
+        self._absence = self._with.patience.silence
+        return Outcome.CUT if outcome is Outcome.QUIET else outcome
 
-    def _fruitless(self, trouble: TroubleError | None) -> Outcome:
-        """A reading that brought nothing: try again after a wait, or, of a run long over, take it as the end."""
-        now = time.monotonic()
-        if self._fruitless_since is None:
-            self._fruitless_since = now
-        is_answer = trouble is None
-        if is_answer and self._record.is_ended and now - self._fruitless_since >= self._grace():
-            return Outcome.QUIET
-        raise trouble or TroubleError("the stream ended without bringing anything")
+    def _weigh_silence(self, outcome: Outcome) -> Outcome:
+        """A reading brought nothing. That the stream is gone takes two such readings after the run's end."""
+        if outcome is Outcome.YIELDED:
+            return outcome
+        if self._record.is_ended:
+            self._quiet_count += 1
+            if self._quiet_count == 1:
+                self._quiet_since = time.monotonic()
+            elif time.monotonic() - self._quiet_since >= self._grace():
+                return Outcome.QUIET
+        if outcome is Outcome.QUIET:
+            return Outcome.CUT
+        raise TroubleError("the stream ended without bringing anything")
 
     async def _read_and_watch(self) -> Outcome:
         self._with.metrics.streams_open.inc()
@@ -188,7 +204,7 @@ class Follower:
         async with self._with.letta.stream(address, self._runlog.cursor) as received:
             self._runlog.begin_read(is_by_run=address.is_by_run)
             if self._run.state == "pending":
-                await self._submit("following")
+                await self._hand_over("following")
             async for events in received:
                 for event in events:
                     self._runlog.accept(event)
@@ -196,9 +212,8 @@ class Follower:
                         self._chunk_at = time.monotonic()
                     if self._runlog.is_finished or self._runlog.is_unproven or self._runlog.has_hole:
                         break
-                await self._submit()
+                await self._hand_over()
                 if self._runlog.is_finished:
-                    await self._committed()
                     return Outcome.FINISHED
                 if self._runlog.is_unproven:
                     return Outcome.UNPROVEN
@@ -210,34 +225,38 @@ class Follower:
         """Wait for the reader; meanwhile look up a silent run, and give the place away when it is wanted."""
         patience = self._with.patience
         opened = self._chunk_at = time.monotonic()
-        ended_at = opened if self._record.is_ended else None
-        look_up_after = patience.silence
+        look_up_after = self._grace() if self._record.is_ended else patience.silence
         tick = min(1.0, patience.silence / 4, patience.ended / 4, patience.turn / 4)
         while True:
             done, _ = await asyncio.wait({reader}, timeout=tick)
             if done:
                 return reader.result()
-            now, quiet = time.monotonic(), self._quiet_seconds()
-            if ended_at is not None and now - max(ended_at, self._chunk_at) >= self._grace():
-                return Outcome.QUIET
-            if ended_at is None and quiet >= look_up_after:
-                look_up_after = quiet + min(quiet, patience.most_silence)
-                await self._look_up(quiet)
-                ended_at = time.monotonic() if self._record.is_ended else None
-            is_caught_up = quiet >= tick / 4 or now - opened >= 3 * patience.turn
-            if self._places.is_wanted and now - opened >= patience.turn and is_caught_up:
+            quiet, was_ended = self._quiet_seconds(), self._record.is_ended
+            if quiet >= look_up_after:
+                answers = await self._look_up(quiet)
+                if was_ended and answers and self._quiet_seconds() >= quiet:
+                    return Outcome.QUIET
+                look_up_after = quiet + (self._grace() if self._record.is_ended else min(quiet, patience.most_silence))
+            if quiet < tick:
+                look_up_after = self._grace() if was_ended else patience.silence
+            # A run that is over needs its place only until its end is read; one that is alive can wait for its turn.
+            is_turn_over = time.monotonic() - opened >= patience.turn
+            if self._places.is_wanted and is_turn_over and not was_ended:
                 return Outcome.YIELDED
 
-    async def _look_up(self, quiet: float) -> None:
+    async def _look_up(self, quiet: float) -> bool:
+        """Ask for the run's record; whether the server gave it."""
         try:
             self._record = await self._with.letta.retrieve_run(self._record.run_id)
         except TroubleError as error:
             self._log.info("run.silent", seconds=round(quiet), error=str(error))
-            return
+            return False
         self._log.info("run.silent", seconds=round(quiet), status=self._record.status)
+        return True
 
     def _quiet_seconds(self) -> float:
-        return time.monotonic() - self._chunk_at
+        """Seconds in which the server could have sent a chunk and did not; waiting for our database is not silence."""
+        return 0.0 if self._is_handing_over else time.monotonic() - self._chunk_at
 
     def _grace(self) -> float:
         patience = self._with.patience
@@ -251,19 +270,30 @@ class Follower:
 
     # What is stored
 
-    async def _submit(self, state: str | None = None) -> None:
+    async def _hand_over(self, state: str | None = None) -> None:
+        """Give what is storable to the committer; waits while too much waits there, and for a run's last commit."""
         accepted = self._runlog.take()
         if accepted is None and state is None:
             return
         if accepted is not None:
-            for gap in accepted.gaps:
-                self._log.warning("run.gap_found", first=gap.first_seq_id, last=gap.last_seq_id, cause=gap.cause)
-            for reject in accepted.rejects:
-                self._log.warning("run.rejected", after=reject.after_seq_id, reason=reject.reason)
+            self._log_losses(accepted)
             if accepted.is_finished:
                 state = "complete" if accepted.is_complete else "incomplete"
         write = RunWrite(self._record.run_id, dt.datetime.now(dt.UTC), state or "following", accepted)
-        self._last_commit = await self._with.committer.submit(write, after=self._last_commit)
+        self._is_handing_over = True
+        try:
+            self._last_commit = await self._with.committer.submit(write, after=self._last_commit)
+            if self._runlog.is_finished:
+                await self._last_commit
+        finally:
+            self._is_handing_over = False
+            self._chunk_at = time.monotonic()
+
+    def _log_losses(self, accepted: Accepted) -> None:
+        for gap in accepted.gaps:
+            self._log.warning("run.gap_found", first=gap.first_seq_id, last=gap.last_seq_id, cause=gap.cause)
+        for reject in accepted.rejects:
+            self._log.warning("run.rejected", after=reject.after_seq_id, reason=reject.reason)
 
     async def _committed(self) -> None:
         if self._last_commit is not None:
@@ -300,6 +330,8 @@ class Follower:
             self._runlog = RunLog(self._record.run_id, stored.cursor, stored.chunk_count, gaps)
         self._runlog.give_up(missing)
         accepted = self._runlog.take()
+        if accepted is not None:
+            self._log_losses(accepted)
         if write.messages:
             state = "backfilled"
         else:

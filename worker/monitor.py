@@ -8,7 +8,7 @@ from typing import Self
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from worker.errors import ConfigError
+from worker.errors import RefusedError
 from worker.observe import Metrics
 from worker.storage.committer import Committer
 
@@ -69,14 +69,14 @@ class Monitor:
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1)
 
     async def __aenter__(self) -> Self:
-        """Listen. Raises ConfigError when the address cannot be had."""
+        """Listen. Raises RefusedError when the address cannot be had."""
         await self._runner.setup()
         host = self._host.strip("[]")
         try:
             await web.TCPSite(self._runner, host, self._port).start()
         except OSError as error:
             await self._runner.cleanup()
-            raise ConfigError(f"service.listen: cannot listen on {host}:{self._port}: {error.strerror}") from error
+            raise RefusedError(f"service.listen: cannot listen on {host}:{self._port}: {error.strerror}") from error
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -18,11 +18,13 @@ class Patience(msgspec.Struct, frozen=True):
     """A run that sends no chunk for so long is looked up over REST; then ever less often."""
     most_silence: float = 300.0
     """The longest time between two such look-ups."""
-    ended: float = 10.0
+    ended: float = 30.0
     """A run the server calls completed or failed has its terminal marker in the stream already (letta-protocol
-    trap 9); one that is silent for so long has lost it."""
+    trap 9). Two readings that are silent for so long say that the stream is gone; a frozen Redis is silent too."""
     cancelled: float = 60.0
     """A cancelled run's marker comes only with the model's next token, 20 s later in one case (letta-protocol g8)."""
+    streamless: float = 3 * 3600.0
+    """So long after its creation a run that has no stream is waited for, to fetch its messages when it is over."""
     record: float = 8.0
     """So long after the terminal marker the server may still call a run running (letta-protocol trap 9)."""
 

@@ -63,6 +63,7 @@ class Service:
             self._start("discover", self._follow_everything(once=once))
             self._start("old runs", self._follow_old_runs())
             self._start("watchdog", self._feed_watchdog())
+            systemd.notify("READY=1")
             await asyncio.wait({committing, stopping}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await self._drain(committing)
@@ -94,12 +95,8 @@ class Service:
     async def _follow_everything(self, *, once: bool) -> None:
         since = dt.datetime.now(dt.UTC) - STREAM_LIFE
         self._follow(await self._with.reads.unsettled_since(since), self._places)
-        is_first = True
         while True:
             new_runs = await self._sweep()
-            if is_first:
-                systemd.notify("READY=1")
-                is_first = False
             if once and not new_runs and not self._followers and not await self._old_runs(1):
                 self.stop()
                 return

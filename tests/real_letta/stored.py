@@ -34,6 +34,11 @@ class Database:
         states = self.fetch(f"SELECT state FROM runs WHERE run_id = '{run_id}'")
         return str(states[0][0]) if states else None
 
+    def is_complete(self, run_id: str) -> bool:
+        """Whether a run is complete and the server's last word about it is stored, too."""
+        query = f"SELECT state, status FROM runs WHERE run_id = '{run_id}'"
+        return any(state == "complete" and status not in {"created", "running"} for state, status in self.fetch(query))
+
     def gaps(self, run_id: str) -> list[tuple[int, int | None]]:
         """The recorded gaps of a run; one without a last number reaches to an end that nobody knows."""
         ranges = self.fetch(f"SELECT first_seq_id, last_seq_id FROM gaps WHERE run_id = '{run_id}' ORDER BY 1")

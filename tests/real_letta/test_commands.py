@@ -33,7 +33,7 @@ def test_sigterm_drains_and_the_next_worker_goes_on(
     assert database.cursors_ahead_of_rows() == []
 
     worker.start()
-    wait_until(lambda: database.state(run_id) == "complete", 60, "the run was not completed", worker)
+    wait_until(lambda: database.is_complete(run_id), 60, "the run was not completed", worker)
     assert worker.drain(timeout=10) == 0, worker.log_tail()
     findings = compare(database, log, driver, [run_id])
     assert not findings.wrong, findings.report()

@@ -141,8 +141,8 @@ def test_trimmed_run_is_stored_with_its_gap(
 
 def test_worker_survives_outages(outages: Outages, driver: Driver, log: ServerLog) -> None:
     """After the server and Redis were killed the same worker process stores the next run completely (I3, promise 2)."""
-    state = outages.database.state
-    wait_until(lambda: state(outages.later) == "complete", 60, "the later run was not completed", outages.worker)
+    is_complete = outages.database.is_complete
+    wait_until(lambda: is_complete(outages.later), 60, "the later run was not completed", outages.worker)
     findings = compare(outages.database, log, driver, [outages.later])
     assert not findings.wrong, findings.report()
 

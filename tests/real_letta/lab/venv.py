@@ -33,8 +33,10 @@ def server_venv(say: Callable[[str], None]) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs at once must not both install
         stamp = venv / "complete"
         python = _server_python()
-        wanted = hashlib.sha256(REQUIREMENTS.read_bytes() + python.encode()).hexdigest()
-        if not stamp.exists() or stamp.read_text() != wanted:
+        wanted = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
+        # The second condition fails when the Python it was made with is gone.
+        is_usable = stamp.exists() and (venv / "bin" / "python").exists()
+        if not is_usable or stamp.read_text() != wanted:
             _install(python, venv, cache / "install.log", say)
             stamp.write_text(wanted)
     return venv
