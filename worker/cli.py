@@ -115,6 +115,25 @@ def status(
     _do(_show_status(_load(config_path), as_json=as_json, watch=watch))
 
 
+@cli.command()
+def demo(
+    kills: Annotated[int, typer.Option("--kills", min=1, help="How often the worker is killed.")] = 5,
+    keep: Annotated[
+        Path | None,
+        typer.Option("--keep", metavar="DIR", help="Where to put the file; else in a new temporary folder."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="What is said and when it kills.")] = 1,
+) -> None:
+    """Watch it work without a server: a fake Letta talks, the worker is killed again and again, nothing is lost.
+
+    Takes about half a minute, and exits 0 only if every chunk is in the file exactly once.
+    """
+    from worker.demo.demo import run as perform  # noqa: PLC0415 - no other command knows the demo
+
+    if not _do(perform(Console(), kills=kills, keep=keep, seed=seed)):
+        raise typer.Exit(EXIT_OTHER)
+
+
 async def _checks(settings: config.Config) -> list[checks.Check]:
     console, lines = Console(highlight=False), []
     async for line in checks.check(settings):

@@ -26,7 +26,7 @@ from worker.letta.client import Address, LettaClient
 from worker.observe import Log, Metrics
 from worker.patience import Patience, until_it_works
 from worker.places import Places
-from worker.storage.committer import Committer
+from worker.storage.committer import Commit, Committer
 from worker.storage.reads import Reads, StoredRun
 from worker.storage.tables import UNFINISHED_STATES
 from worker.storage.writes import RunWrite
@@ -64,7 +64,7 @@ class Follower:
         self._places = places
         self._log = equipment.log.bind(run_id=run.record.run_id)
         self._runlog = RunLog(run.record.run_id, run.cursor, run.chunk_count)
-        self._last_commit: asyncio.Future[None] | None = None
+        self._last_commit: Commit | None = None
         self._is_by_run = False
         self._chunk_at = 0.0
         self._absence = equipment.patience.silence

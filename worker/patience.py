@@ -33,7 +33,7 @@ class _WaitForServer(tenacity.wait.wait_base):
     """As long as the server asks for, else growing and with jitter, so that many followers never come back at once."""
 
     def __init__(self, most_seconds: float) -> None:
-        self._growing = tenacity.wait_exponential_jitter(initial=0.2, max=most_seconds, jitter=1.0)
+        self._growing = tenacity.wait_exponential(multiplier=0.2, max=most_seconds) + tenacity.wait_random(0, 1)
 
     def __call__(self, retry_state: tenacity.RetryCallState) -> float:
         """Seconds to wait before the next attempt."""

@@ -26,6 +26,15 @@ class Findings:
         counts = f"{self.runs} runs, {self.chunks} chunks, lost {self.lost}, doubled {self.doubled}"
         return f"{counts}, altered {self.altered}"
 
+    def add(self, other: "Findings") -> None:
+        """Take the figures of another comparison along."""
+        self.runs += other.runs
+        self.chunks += other.chunks
+        self.lost += other.lost
+        self.doubled += other.doubled
+        self.altered += other.altered
+        self.wrong += other.wrong
+
     def report(self) -> str:
         """The figures and the first of what is wrong."""
         return "\n  ".join([str(self), *self.wrong[:_SHOWN]])

@@ -1,9 +1,10 @@
 """Endings that are not the normal one, provoked on the real server: outages, trimming, expiry, no background.
 
-Comes last by its name, because it leaves runs behind that never end. The outages come first: what the worker makes of
-them takes minutes, in which the other tests run.
+Comes last by its name, because it leaves runs behind that never end. What the worker makes of those takes minutes; the
+tests marked `during_outages` run meanwhile.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,9 +19,11 @@ from tests.real_letta.stored import Database
 from tests.real_letta.waiting import wait_until
 from tests.real_letta.worker_process import Worker
 
-pytestmark = [pytest.mark.real, pytest.mark.usefixtures("outages")]
+pytestmark = pytest.mark.real
+during_outages = pytest.mark.usefixtures("outages")
 
-LONG = "[n=600] [delay=0.03]"
+LONG = "[n=400] [delay=0.03]"
+REDIS_IS_AWAY_SECONDS = 4  # longer than the server tries to write
 
 
 @dataclass
@@ -58,9 +61,10 @@ def outages(
     say("the server is back; SIGKILL of Redis in the middle of another run")
     vanished = _start_and_follow(driver, database, worker, chats[1])
     lab.redis.kill()
+    time.sleep(REDIS_IS_AWAY_SECONDS)
     vanished_rows = stored_rows(database, vanished)
     lab.redis.start()
-    later = driver.start(chats[2], LONG)
+    later = driver.start(chats[2], "[n=100]")
     log.wait_until_over([later], 120)
     for chat in chats[:2]:  # to the server they are running for ever
         driver.cancel(chat)
@@ -68,6 +72,31 @@ def outages(
     worker.close()
 
 
+def test_beheaded_run_has_its_gap(
+    lab: Lab, make_worker: MakeWorker, sqlite_database: Database, driver: Driver, log: ServerLog
+) -> None:
+    """What a restart of Redis lost before the worker read it is a gap, and all after it is stored (I1, I2, I5)."""
+    where = driver.make_conversation(driver.make_agent())
+    worker = make_worker(conversations=[_id(where)])
+    run_id = _start_and_follow(driver, sqlite_database, worker, where, "[n=200] [delay=0.03] [pause=6@150]")
+    worker.kill()
+    head = stored_rows(sqlite_database, run_id)
+    while log.length(run_id) < 151:  # the ping and all words before the pause, in which the server writes nothing
+        time.sleep(0.1)
+    lab.redis.kill()
+    lab.redis.start()
+    log.wait_until_over([run_id], 60)
+    assert worker.catch_up() == 0, worker.log_tail()
+    server = log.read(run_id)
+    assert server.rows[0].seq_id == 152
+    findings = Findings()
+    compare_rows(findings, run_id, [*head, *server.rows], stored_rows(sqlite_database, run_id))
+    assert not findings.wrong, findings.report()
+    assert sqlite_database.gaps(run_id) == [(len(head) + 1, 151)]
+    assert sqlite_database.state(run_id) == "incomplete"
+
+
+@during_outages
 def test_expired_run_is_backfilled(
     lab: Lab, make_worker: MakeWorker, sqlite_database: Database, driver: Driver, log: ServerLog
 ) -> None:
@@ -84,6 +113,7 @@ def test_expired_run_is_backfilled(
     _assert_messages(sqlite_database, run_id, reply_words=5)
 
 
+@during_outages
 def test_run_that_expires_half_read_keeps_what_was_stored(
     lab: Lab, make_worker: MakeWorker, sqlite_database: Database, driver: Driver, log: ServerLog
 ) -> None:
@@ -102,6 +132,7 @@ def test_run_that_expires_half_read_keeps_what_was_stored(
     _assert_messages(sqlite_database, run_id, reply_words=200)
 
 
+@during_outages
 def test_run_without_background_is_backfilled(
     make_worker: MakeWorker, sqlite_database: Database, driver: Driver
 ) -> None:
@@ -115,6 +146,7 @@ def test_run_without_background_is_backfilled(
     _assert_messages(sqlite_database, run_id, reply_words=5)
 
 
+@during_outages
 def test_trimmed_run_is_stored_with_its_gap(
     make_worker: MakeWorker, database: Database, driver: Driver, log: ServerLog, say: Say
 ) -> None:
@@ -149,7 +181,8 @@ def test_worker_survives_outages(outages: Outages, driver: Driver, log: ServerLo
 
 def test_orphan_of_a_killed_server_is_incomplete(outages: Outages) -> None:
     """All the server had written before it was killed is stored, and the run is not called complete (I5)."""
-    _wait_for_incomplete(outages, outages.orphan)
+    _wait_for_decision(outages, outages.orphan)
+    assert outages.database.state(outages.orphan) == "incomplete"
     rows = stored_rows(outages.database, outages.orphan)
     findings = Findings()
     compare_rows(findings, outages.orphan, outages.orphan_rows, rows)
@@ -159,17 +192,17 @@ def test_orphan_of_a_killed_server_is_incomplete(outages: Outages) -> None:
 
 def test_run_lost_with_redis_is_incomplete(outages: Outages) -> None:
     """What was stored before Redis lost the run stays, without a hole, and it is not called complete (I1, I5)."""
-    _wait_for_incomplete(outages, outages.vanished)
+    _wait_for_decision(outages, outages.vanished)
+    assert outages.database.state(outages.vanished) == "incomplete"
     rows = stored_rows(outages.database, outages.vanished)
     assert rows[: len(outages.vanished_rows)] == outages.vanished_rows
     assert [row.seq_id for row in rows] == list(range(1, len(rows) + 1))
     assert outages.database.gaps(outages.vanished) == [(len(rows) + 1, None)]
 
 
-def _wait_for_incomplete(outages: Outages, run_id: str) -> None:
+def _wait_for_decision(outages: Outages, run_id: str) -> None:
     state = outages.database.state
     wait_until(lambda: state(run_id) not in {"pending", "following"}, 240, "no decision", outages.worker)
-    assert state(run_id) == "incomplete"
 
 
 def _start_and_follow(

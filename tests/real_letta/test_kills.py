@@ -2,10 +2,12 @@
 
 import random
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import pytest
 
-from tests.real_letta.comparison import compare
+from tests.real_letta.comparison import Findings, compare
 from tests.real_letta.conftest import MakeWorker, Say
 from tests.real_letta.driver import Conversation, Driver
 from tests.real_letta.kills import Campaign
@@ -25,8 +27,25 @@ BEFORE_THE_WORKER = ("[n=30]", "[n=12] [think=5]", ODD_TEXT)
 WHILE_IT_IS_DOWN = "[n=25] [delay=0]"
 
 
+@dataclass
+class Tally:
+    """What the campaigns on all databases came to."""
+
+    findings: Findings = field(default_factory=Findings)
+    kills: int = 0
+    landed: int = 0
+
+
+@pytest.fixture(scope="module")
+def tally(say: Say) -> Iterator[Tally]:
+    """Sum up; said at the end."""
+    tally = Tally()
+    yield tally
+    say(f"in all: {tally.findings}; {tally.kills} kills, {tally.landed} of them mid-stream")
+
+
 def test_kills_lose_and_double_nothing(
-    database: Database, make_worker: MakeWorker, driver: Driver, log: ServerLog, say: Say
+    database: Database, make_worker: MakeWorker, driver: Driver, log: ServerLog, say: Say, tally: Tally
 ) -> None:
     """A worker killed at random moments stores every run exactly as the server's log has it (I1, I2, I3, I5, I6, I9).
 
@@ -69,6 +88,9 @@ def test_kills_lose_and_double_nothing(
         f"{database.kind}: {findings}; {campaign.kills} kills, {landed} of them mid-stream (seed {seed});"
         f" the last catch-up took {seconds:.1f} s"
     )
+    tally.findings.add(findings)
+    tally.kills += campaign.kills
+    tally.landed += landed
     assert not findings.wrong, findings.report()
     assert landed >= LANDED_PER_DATABASE
 

@@ -84,7 +84,7 @@ def parse(event: SseEvent) -> Event:
         payload = event.data.decode()
     except UnicodeDecodeError:
         return Unparsable(event.data, "not UTF-8")
-    head = _read_head(event.data)
+    head = _read_head(payload)
     if head is None:
         is_reader_event = event.event not in {"", "message"}
         return ServerError(payload[:500]) if is_reader_event else Unparsable(event.data, "not a JSON object")
@@ -114,14 +114,15 @@ def _classify(payload: str, head: _Head, *, is_error: bool) -> Chunk | Ping | Un
     return Ping(chunk) if is_ping else chunk
 
 
-def _read_head(data: bytes) -> _Head | None:
+def _read_head(payload: str) -> _Head | None:
     try:
-        return _decode_head(data)
+        return _decode_head(payload)
     except (msgspec.MsgspecError, RecursionError):
         pass
-    # The standard library also reads what msgspec refuses and Letta may send: lone surrogates, NaN.
+    # The standard library also reads what msgspec refuses and Letta may send: lone surrogates, NaN. Of bytes it
+    # would also guess UTF-16, and let through raw NULs, which no PostgreSQL text can hold.
     try:
-        fields = json.loads(data)
+        fields = json.loads(payload)
     except (ValueError, RecursionError):
         return None
     if not isinstance(fields, dict):

@@ -14,6 +14,8 @@ from worker.core.chunks import Chunk, Done, Event, Ping, ServerError, Unparsable
 
 MAX_UNNUMBERED = 1000
 """So many unnumbered events in a row are kept waiting for their number; a healthy run has two (I8)."""
+MAX_UNNUMBERED_BYTES = 64 * 1024 * 1024
+"""And so large may they be together; a single event has a limit of its own, in sse.py."""
 
 
 class Row(msgspec.Struct, frozen=True, gc=False):
@@ -69,20 +71,14 @@ class RunLog:
     def __init__(self, run_id: str, cursor: int = 0, stored_count: int = 0, gaps: Iterable[Gap] = ()) -> None:
         self.cursor = cursor
         self.is_finished = False
-        self.is_unproven = False
         self.duplicate_count = 0
         self._run_id = run_id
         self._stored_count = stored_count
         self._is_complete = False
         self._open_gaps = {(g.first_seq_id, g.last_seq_id or g.first_seq_id): set[int]() for g in gaps}
-        self._anchor = cursor
-        self._is_own = False
-        self._holds_unknown = False
-        self._is_tail_broken = False
-        self._confirming_at: int | None = None
         self._last_seq_id: int | None = None
         self._held: dict[int, _Place] = {}
-        self._tail: list[Chunk | Unparsable] = []
+        self.begin_read(is_by_run=False)
         self._start_lot()
 
     def __repr__(self) -> str:
@@ -91,11 +87,6 @@ class RunLog:
             f"<RunLog {self._run_id} cursor={self.cursor} held={len(self._held)} tail={len(self._tail)}"
             f" finished={self.is_finished}>"
         )
-
-    @property
-    def has_hole(self) -> bool:
-        """Chunks behind a missing number are held back: read again from the cursor, once."""
-        return bool(self._held) and not self.is_finished
 
     @property
     def _confirms_hole(self) -> bool:
@@ -108,17 +99,18 @@ class RunLog:
         What the last one left unproven is dropped: it comes again. `is_by_run` says that the address itself names
         the run, so that even events that name no run are known to be its own.
         """
-        self._anchor = self.cursor
-        self._is_own = is_by_run
-        self._holds_unknown = False
-        self._is_tail_broken = False
         self.is_unproven = False
-        self._tail.clear()
-        self._confirming_at = self.cursor if self.has_hole else None
+        self.has_hole = False
+        self._is_own = is_by_run
+        self._anchor = self.cursor
+        self._tail: list[Chunk | Unparsable] = []
+        self._is_tail_broken = False
+        self._holds_unknown = False
+        self._confirming_at = self.cursor if self._held else None
 
     def accept(self, event: Event) -> None:
         """Take in one event. A response that cannot be proven to be this run's changes nothing."""
-        if self.is_finished or self.is_unproven:
+        if self.is_finished or self.is_unproven or self.has_hole:
             return
         if isinstance(event, Chunk):
             self._accept_chunk(event)
@@ -139,6 +131,7 @@ class RunLog:
             return
         if self._held:
             self._record_gaps_before(max(self._held), cause)
+        self._reject_tail("was the last thing served, but its number cannot be proven")
         self._gaps.append(Gap(self.cursor + 1, None, cause))
         self.is_finished = True
 
@@ -210,14 +203,19 @@ class RunLog:
                 self._record_gaps_before(seq_id)
             self._release_held()
         self._finish_if_last()
+        self.has_hole = seq_id > self.cursor
 
     def _await_number(self, event: Chunk | Unparsable) -> None:
         """Keep an event without a number until a later one proves which number it holds."""
         self._holds_unknown = self._holds_unknown or isinstance(event, Unparsable)
         self._tail.append(event)
-        if len(self._tail) > MAX_UNNUMBERED:
-            self._reject_tail(f"more than {MAX_UNNUMBERED} events in a row have no number")
-            self._is_tail_broken = True
+        if len(self._tail) <= MAX_UNNUMBERED and sum(map(_size, self._tail)) <= MAX_UNNUMBERED_BYTES:
+            return
+        self._is_tail_broken = True
+        if self._is_own:
+            self._reject_tail("too many events in a row have no number")
+        else:
+            self.is_unproven = True
 
     def _accept_end(self) -> None:
         """The terminal marker: what has no number yet stands between the last numbered chunk and the end."""
@@ -229,14 +227,16 @@ class RunLog:
             self._release_held()
         if self._held:
             self._tail.clear()
+            self.has_hole = True
             return
         if self._anchor == self.cursor and not self._is_tail_broken:
             for event in _without_repeats(self._tail):
                 self._hold(self.cursor + 1, self._as_place(self.cursor + 1, event))
                 self._release_held()
             self._tail.clear()
-        else:
+        elif self._tail or self._is_tail_broken:
             self._reject_tail("stands before the end, but its number cannot be proven")
+            self._open_gap(Gap(self.cursor + 1, None, "rejected"))
         self._last_seq_id = self.cursor
         self._finish_if_last()
 
@@ -299,7 +299,7 @@ class RunLog:
         """A second response from the same cursor did not have them either: they are lost (I2)."""
         self._release_held()
         while self.cursor + 1 < seq_id:
-            behind = min(number for number in self._held if number > self.cursor)
+            behind = min(self._held)
             self._open_gap(Gap(self.cursor + 1, behind - 1, cause))
             self.cursor = behind - 1
             self._release_held()
@@ -320,6 +320,10 @@ class RunLog:
             return
         self.is_finished = True
         self._is_complete = all(len(filled) == last - first + 1 for (first, last), filled in self._open_gaps.items())
+
+
+def _size(event: Chunk | Unparsable) -> int:
+    return len(event.raw if isinstance(event, Unparsable) else event.payload)
 
 
 def _without_repeats(tail: list[Chunk | Unparsable]) -> list[Chunk | Unparsable]:

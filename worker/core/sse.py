@@ -30,7 +30,7 @@ class SseDecoder:
 
     def __init__(self, max_event_bytes: int, kept_of_oversized: int = 4096) -> None:
         self._max_event_bytes = max_event_bytes
-        self._kept_of_oversized = kept_of_oversized
+        self._kept_of_oversized = min(kept_of_oversized, max_event_bytes)
         self._buffer = bytearray()
         self._searched = 0
         self._is_start = True
@@ -51,11 +51,12 @@ class SseDecoder:
         self._searched = len(self._buffer)
         events = []
         for block in complete.split(b"\n\n"):
+            event_bytes = block.strip(b"\n")
             if self._is_skipping:
                 self._is_skipping = False
-            elif len(block) > self._max_event_bytes:
-                events.append(self._oversized(block))
-            elif (event := _parse_block(block)) is not None:
+            elif len(event_bytes) > self._max_event_bytes:
+                events.append(self._oversized(event_bytes))
+            elif (event := _parse_block(event_bytes)) is not None:
                 events.append(event)
         return events + self._refuse_when_too_long()
 
@@ -85,12 +86,14 @@ class SseDecoder:
             return []
         if len(self._buffer) <= self._max_event_bytes:
             return []
-        oversized = self._oversized(bytes(self._buffer[: self._kept_of_oversized]))
+        event_bytes = self._buffer.strip(b"\n")  # not the event's: blank lines, half a blank line
+        if len(event_bytes) <= self._max_event_bytes:
+            return []
         self._is_skipping = True
-        return [oversized, *self._refuse_when_too_long()]
+        return [self._oversized(event_bytes), *self._refuse_when_too_long()]
 
-    def _oversized(self, block: bytes) -> SseEvent:
-        return SseEvent(block[: self._kept_of_oversized], is_oversized=True)
+    def _oversized(self, event_bytes: bytes | bytearray) -> SseEvent:
+        return SseEvent(bytes(event_bytes[: self._kept_of_oversized]), is_oversized=True)
 
 
 def _parse_block(block: bytes) -> SseEvent | None:

@@ -7,6 +7,8 @@ commit carries one chunk and under heavy load thousands. Used by follower, disco
 import asyncio
 import time
 from collections import deque
+from collections.abc import Generator
+from typing import Any
 
 import tenacity
 from sqlalchemy.exc import DatabaseError, StatementError
@@ -23,14 +25,19 @@ MAX_WAITING_BYTES = 64 * 1024 * 1024
 MAX_TRANSACTION_BYTES = 16 * 1024 * 1024
 
 
-class _Waiting:
-    """A write, and the future its submitter may wait on."""
+class Commit:
+    """A submitted write. Await it until it is durable; whoever gives up waiting leaves it in the queue all the same."""
 
     def __init__(self, content: Write) -> None:
         self.content = content
-        self.committed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.size = content.size
+        self.durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # Whoever waits hears of a failure; that nobody waits is no fault.
-        self.committed.add_done_callback(lambda future: future.cancelled() or future.exception())
+        self.durable.add_done_callback(lambda future: future.exception())
+
+    def __await__(self) -> Generator[Any, None, None]:
+        # Shielded: cancelling a task cancels the future it waits for, and the write would look done (I2).
+        return asyncio.shield(self.durable).__await__()
 
 
 class Committer:
@@ -41,7 +48,7 @@ class Committer:
         self._log = log
         self._metrics = metrics
         self._dialect = SqliteDialect() if is_sqlite(engine) else PostgresDialect()
-        self._queue: deque[_Waiting] = deque()
+        self._queue: deque[Commit] = deque()
         self._waiting_bytes = 0
         self._wakes = asyncio.Event()
         self._has_room = asyncio.Event()
@@ -51,27 +58,28 @@ class Committer:
         self.is_failing = False
         """The database does not take commits at the moment."""
 
-    async def submit(self, content: Write, after: asyncio.Future[None] | None = None) -> asyncio.Future[None]:
+    async def submit(self, content: Write, after: Commit | None = None) -> Commit:
         """Hand over a write; returns as soon as there is room for it.
 
-        The future is done once the write is durable. Writes are committed in the order of their submission, so the
-        last future of a submitter stands for all before it. Give it as `after`: a run's cursor must not pass rows
-        that could not be written (I2), so where `after` has failed its error is raised.
+        Await what it returns until the write is durable. Writes are committed in the order of their submission, so
+        the last of a submitter stands for all before it. Give it as `after`: a run's cursor must not pass rows that
+        could not be written (I2), so where `after` has failed its error is raised.
         """
-        await self._has_room.wait()
+        while not self._has_room.is_set():  # all who wait are woken, but the first of them may fill it up again
+            await self._has_room.wait()
         if self._failure is not None:
             raise RefusedError("nothing can be committed any more") from self._failure
-        if after is not None and after.done():
-            after.result()
-        waiting = _Waiting(content)
+        if after is not None and after.durable.done():
+            after.durable.result()
+        commit = Commit(content)
         if not self._queue:
             self._moved_at = time.monotonic()
-        self._queue.append(waiting)
-        self._waiting_bytes += content.size
+        self._queue.append(commit)
+        self._waiting_bytes += commit.size
         if self._waiting_bytes >= MAX_WAITING_BYTES:
             self._has_room.clear()
         self._wakes.set()
-        return waiting.committed
+        return commit
 
     async def commit(self, content: Write) -> None:
         """Hand over a write and wait until it is durable."""
@@ -96,46 +104,46 @@ class Committer:
     async def drain(self) -> None:
         """Wait until everything submitted so far is durable."""
         if self._queue:
-            await asyncio.wait([waiting.committed for waiting in self._queue])
+            await asyncio.wait([commit.durable for commit in self._queue])
 
-    def _next_lot(self) -> list[_Waiting]:
-        lot: list[_Waiting] = []
+    def _next_lot(self) -> list[Commit]:
+        lot: list[Commit] = []
         size = 0
-        for waiting in self._queue:
-            if lot and size + waiting.content.size > MAX_TRANSACTION_BYTES:
+        for commit in self._queue:
+            if lot and size + commit.size > MAX_TRANSACTION_BYTES:
                 break
-            lot.append(waiting)
-            size += waiting.content.size
+            lot.append(commit)
+            size += commit.size
         return lot
 
-    async def _commit_lot(self, lot: list[_Waiting]) -> None:
-        live = [waiting for waiting in lot if not waiting.committed.done()]
+    async def _commit_lot(self, lot: list[Commit]) -> None:
+        live = [commit for commit in lot if not commit.durable.done()]
         try:
             if live:
-                await self._commit_patiently([waiting.content for waiting in live])
+                await self._commit_patiently([commit.content for commit in live])
         except _UnwritableError as error:
-            if len(live) == 1:
-                self._fail_run(live[0], InvariantError(f"the database does not take this write: {error}"))
-            else:
+            if len(live) > 1:
                 # One write the database cannot take must not hold up the others: find it.
-                for waiting in lot:
-                    await self._commit_lot([waiting])
+                middle = len(lot) // 2
+                await self._commit_lot(lot[:middle])
+                await self._commit_lot(lot[middle:])
                 return
+            self._fail_run(live[0], InvariantError(f"the database does not take this write: {error}"))
         self._release(lot)
 
-    def _fail_run(self, failed: _Waiting, failure: InvariantError) -> None:
+    def _fail_run(self, failed: Commit, failure: InvariantError) -> None:
         """Fail a write and all that its run has waiting behind it: they build upon it."""
-        for waiting in self._queue:
-            if not waiting.committed.done() and _subject(waiting.content) == _subject(failed.content):
-                waiting.committed.set_exception(failure)
+        for commit in self._queue:
+            if not commit.durable.done() and _subject(commit.content) == _subject(failed.content):
+                commit.durable.set_exception(failure)
 
-    def _release(self, lot: list[_Waiting]) -> None:
+    def _release(self, lot: list[Commit]) -> None:
         self._moved_at = time.monotonic()
-        for waiting in lot:
+        for commit in lot:
             self._queue.popleft()
-            self._waiting_bytes -= waiting.content.size
-            if not waiting.committed.done():
-                waiting.committed.set_result(None)
+            self._waiting_bytes -= commit.size
+            if not commit.durable.done():
+                commit.durable.set_result(None)
         if self._waiting_bytes < MAX_WAITING_BYTES:
             self._has_room.set()
 
@@ -144,9 +152,7 @@ class Committer:
         async for attempt in outage_retries(self._report_outage):
             with attempt:
                 await self._commit_once(lot)
-        if self.is_failing:
-            self.is_failing = False
-            self._log.info("database.recovered")
+        self._report_recovery()
 
     async def _commit_once(self, lot: list[Write]) -> None:
         started = time.monotonic()
@@ -159,6 +165,7 @@ class Committer:
             if is_refusal(error):
                 raise RefusedError(f"the database refuses to store: {describe(error)}") from error
             if isinstance(error, DatabaseError | StatementError | ValueError | OverflowError):
+                self._report_recovery()
                 raise _UnwritableError(describe(error)) from error
             raise
         self._count(lot, time.monotonic() - started)
@@ -168,6 +175,11 @@ class Committer:
         if not self.is_failing and error is not None:
             self.is_failing = True
             self._log.warning("database.unavailable", error=describe(error), waiting=len(self._queue))
+
+    def _report_recovery(self) -> None:
+        if self.is_failing:
+            self.is_failing = False
+            self._log.info("database.recovered")
 
     def _count(self, lot: list[Write], seconds: float) -> None:
         self._metrics.commits.inc()
@@ -185,9 +197,9 @@ class Committer:
         self._failure = failure
         self._has_room.set()
         while self._queue:
-            waiting = self._queue.popleft()
-            if not waiting.committed.done():
-                waiting.committed.set_exception(RefusedError("nothing can be committed any more"))
+            commit = self._queue.popleft()
+            if not commit.durable.done():
+                commit.durable.set_exception(RefusedError("nothing can be committed any more"))
 
 
 def _subject(content: Write) -> str | None:

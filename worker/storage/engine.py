@@ -2,22 +2,28 @@
 
 import os
 import sqlite3
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
+import asyncpg
 import sqlalchemy as sa
 import tenacity
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from worker.errors import RefusedError
+from worker.errors import RefusedError, WorkerError
 
 BUSY_TIMEOUT_SECONDS = 5.0
 CONNECT_TIMEOUT_SECONDS = 10.0
-STATEMENT_TIMEOUT_SECONDS = 120.0
+STATEMENT_TIMEOUT_SECONDS = 45.0
+"""Shorter than monitor.STUCK_SECONDS: a commit that hangs is an outage first, and a stuck worker only then."""
 
+_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+_SSL_PARAMETERS = ("sslmode", "sslrootcert", "sslcert", "sslkey", "sslcrl")
 _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
 
 
@@ -25,14 +31,25 @@ def parse_url(text: str) -> URL:
     """The URL with the driver the worker uses. Raises ValueError with what would be right."""
     try:
         url = make_url(text)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # the latter for a port that is no number
         raise ValueError('not a database URL; write "sqlite:///letta-ingest.db" or "postgresql://..."') from None
     driver = _DRIVERS.get(url.drivername.split("+")[0])
     if driver is None:
         raise ValueError(f'"{url.drivername}" is not supported; write "sqlite:///..." or "postgresql://..."')
     if driver.startswith("sqlite") and url.database in {None, "", ":memory:"}:
         raise ValueError('a database in memory would lose everything; write "sqlite:///letta-ingest.db"')
+    _check_parameters(url)
     return url.set(drivername=driver)
+
+
+def _check_parameters(url: URL) -> None:
+    """Refuse what nobody would obey: a misspelt sslmode must not mean no encryption."""
+    known = () if url.get_backend_name() == "sqlite" else _SSL_PARAMETERS
+    if unknown := sorted(url.query.keys() - set(known)):
+        right = f"only {', '.join(known)} can be set" if known else "a SQLite URL has none"
+        raise ValueError(f'the database URL has the unknown parameter "{unknown[0]}"; {right}')
+    if url.query.get("sslmode", "prefer") not in _SSL_MODES:
+        raise ValueError(f"sslmode must be one of {', '.join(_SSL_MODES)}")
 
 
 def create_engine(text: str) -> AsyncEngine:
@@ -47,32 +64,31 @@ def is_sqlite(engine: AsyncEngine) -> bool:
 
 
 def _postgresql_engine(url: URL) -> AsyncEngine:
-    query = dict(url.query)
-    settings: dict[str, Any] = {"server_settings": {"application_name": "letta-ingest", "timezone": "UTC"}}
-    # libpq's word, which every operator knows; asyncpg takes the same values under another name.
-    if "sslmode" in query:
-        settings["ssl"] = query.pop("sslmode")
     return create_async_engine(
-        url.set(query=query),
+        url.set(query={}),
         pool_size=4,
         max_overflow=0,
         pool_recycle=1800,
-        connect_args={"timeout": CONNECT_TIMEOUT_SECONDS, "command_timeout": STATEMENT_TIMEOUT_SECONDS, **settings},
+        hide_parameters=True,
+        connect_args={
+            # libpq's parameters, which every operator knows; asyncpg takes them from a DSN only.
+            "dsn": f"postgresql://?{urlencode(url.query)}" if url.query else None,
+            "timeout": CONNECT_TIMEOUT_SECONDS,
+            "command_timeout": STATEMENT_TIMEOUT_SECONDS,
+            "server_settings": {"application_name": "letta-ingest", "timezone": "UTC"},
+        },
     )
 
 
 def _sqlite_engine(url: URL) -> AsyncEngine:
-    engine = create_async_engine(url, connect_args={"timeout": BUSY_TIMEOUT_SECONDS}, pool_size=4, max_overflow=0)
+    engine = create_async_engine(
+        url, connect_args={"timeout": BUSY_TIMEOUT_SECONDS}, pool_size=4, max_overflow=0, hide_parameters=True
+    )
     path = Path(url.database or "")
 
     @sa.event.listens_for(engine.sync_engine, "do_connect")
-    def create_private(*_: object) -> None:
-        # What agents said is nobody else's business: SQLite itself would create the file readable for all.
-        if not path.exists():
-            try:
-                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-            except OSError as error:
-                raise RefusedError(f"cannot create the database {path}: {error.strerror}") from error
+    def prepare(*_: object) -> None:
+        _make_private(path)
 
     @sa.event.listens_for(engine.sync_engine, "connect")
     def configure(connection: Any, _: object) -> None:
@@ -91,8 +107,22 @@ def _sqlite_engine(url: URL) -> AsyncEngine:
     return engine
 
 
-_REFUSING_SQLSTATES = ("28", "3D", "42", "0A", "3F")
-"""Classes: authorization, unknown database, access rule or undefined table, unsupported, unknown schema."""
+def _make_private(path: Path) -> None:
+    """What agents said is nobody else's business: SQLite itself would create the file readable for all."""
+    try:
+        if not path.exists():
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        # Not opened to find out: closing it again would drop the locks SQLite holds on it in this process.
+        elif path.is_dir() or not os.access(path, os.R_OK | os.W_OK):
+            raise RefusedError(f"cannot use the database {path}: not a file this user may read and write")
+    except OSError as error:
+        raise RefusedError(f"cannot create the database {path}: {error.strerror}") from error
+
+
+_REFUSING_SQLSTATES = ("28", "3D", "42", "0A", "3F", "XX001", "XX002")
+"""Authorization, unknown database, access rule or undefined table, unsupported, unknown schema, corrupt data."""
+_WAITING_SQLSTATES = frozenset({"08", "25", "40", "53", "54", "55", "57", "58", "XX"})
+"""Connection, read-only, rolled back, resources, limits, lock or startup, operator, system, internal."""
 _REFUSING_SQLITE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_AUTH, sqlite3.SQLITE_PERM})
 _WAITING_SQLITE = frozenset(
     {
@@ -111,26 +141,31 @@ _WAITING_SQLITE = frozenset(
 def is_refusal(error: BaseException) -> bool:
     """Waiting does not help: wrong credentials, no such database or table, no right, a corrupt file."""
     cause = _driver_error(error)
-    if isinstance(cause, RefusedError):
-        return True
     if isinstance(cause, sqlite3.Error):
         return (
             _sqlite_code(cause) in _REFUSING_SQLITE or "no such table" in str(cause) or "no such column" in str(cause)
         )
-    return str(getattr(cause, "sqlstate", None) or "").startswith(_REFUSING_SQLSTATES)
+    if isinstance(cause, asyncpg.InvalidCachedStatementError):  # somebody has migrated: the next attempt works
+        return False
+    return (
+        isinstance(cause, RefusedError | asyncpg.ClientConfigurationError | ssl.SSLCertVerificationError)
+        or (isinstance(cause, ConnectionError) and "rejected SSL upgrade" in str(cause))
+        or str(getattr(cause, "sqlstate", None) or "").startswith(_REFUSING_SQLSTATES)
+    )
 
 
 def is_outage(error: BaseException) -> bool:
     """Waiting may help: the database is away, full, busy, read-only or aborted the transaction."""
     cause = _driver_error(error)
+    if is_refusal(cause):
+        return False
     if isinstance(cause, sqlite3.Error):
         return _sqlite_code(cause) in _WAITING_SQLITE
     sqlstate = getattr(cause, "sqlstate", None)
     if sqlstate is None:
-        return isinstance(
-            cause, OSError | TimeoutError | sa.exc.TimeoutError | sa.exc.InterfaceError | ConnectionError
-        ) or (type(cause).__module__.startswith("asyncpg"))
-    return str(sqlstate)[:2] in {"08", "25", "40", "53", "54", "55", "57", "58", "XX"}
+        is_drivers = type(cause).__module__.startswith("asyncpg")
+        return is_drivers or isinstance(cause, OSError | TimeoutError | sa.exc.TimeoutError)
+    return isinstance(cause, asyncpg.InvalidCachedStatementError) or str(sqlstate)[:2] in _WAITING_SQLSTATES
 
 
 def outage_retries(
@@ -140,7 +175,7 @@ def outage_retries(
     """Attempts against a database that is away; every other error goes straight through."""
     return tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception(is_outage),
-        wait=tenacity.wait_exponential_jitter(initial=0.1, max=15, jitter=0.5),
+        wait=tenacity.wait_exponential(multiplier=0.1, max=15) + tenacity.wait_random(0, 0.5),
         stop=stop,
         before_sleep=before_sleep,
         reraise=True,
@@ -150,15 +185,20 @@ def outage_retries(
 def describe(error: BaseException) -> str:
     """The driver's own sentence, without the statement and its values: they hold what agents said."""
     cause = _driver_error(error)
-    return f"{type(cause).__name__}: {cause}".splitlines()[0][:300]
+    if isinstance(cause, WorkerError):
+        return str(cause)
+    name, sqlstate = type(cause).__name__, str(getattr(cause, "sqlstate", None) or "")
+    if sqlstate.startswith("22"):  # PostgreSQL quotes the value it could not take
+        return f"{name} ({sqlstate})"
+    return f"{name}: {cause}".splitlines()[0][:300] if str(cause) else name
 
 
 def _driver_error(error: BaseException) -> BaseException:
-    """The error of sqlite3 or asyncpg below SQLAlchemy's wrapping."""
+    """The error of sqlite3 or asyncpg below SQLAlchemy's wrapping, or our own."""
     cause: BaseException = error
     if isinstance(cause, sa.exc.DBAPIError) and cause.orig is not None:
         cause = cause.orig
-    while cause.__cause__ is not None and not isinstance(cause, sqlite3.Error):
+    while cause.__cause__ is not None and not isinstance(cause, sqlite3.Error | WorkerError):
         cause = cause.__cause__
     return cause
 

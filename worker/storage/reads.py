@@ -45,23 +45,23 @@ class Reads:
     async def unsettled_since(self, since: dt.datetime) -> list[StoredRun]:
         """Runs created since then that there is still something to do for, oldest first: it expires first."""
         unsettled = sa.select(runs).where(runs.c.settled_at.is_(None), runs.c.created_at >= since)
-        return [_stored_run(row) for row in await self._all(unsettled.order_by(runs.c.created_at))]
+        return [stored_run(row) for row in await self._all(unsettled.order_by(runs.c.created_at))]
 
     async def unsettled_before(self, before: dt.datetime, limit: int) -> list[StoredRun]:
         """At most `limit` runs created before then that there is still something to do for, newest first."""
         unsettled = sa.select(runs).where(runs.c.settled_at.is_(None), runs.c.created_at < before)
         rows = await self._all(unsettled.order_by(runs.c.created_at.desc()).limit(limit))
-        return [_stored_run(row) for row in rows]
+        return [stored_run(row) for row in rows]
 
     async def unsettled_among(self, run_ids: Sequence[str]) -> list[StoredRun]:
         """Those of these runs that there is still something to do for, oldest first."""
         unsettled = sa.select(runs).where(runs.c.settled_at.is_(None), runs.c.run_id.in_(run_ids))
-        return [_stored_run(row) for row in await self._all(unsettled.order_by(runs.c.created_at))]
+        return [stored_run(row) for row in await self._all(unsettled.order_by(runs.c.created_at))]
 
     async def run(self, run_id: str) -> StoredRun | None:
         """One run, or None."""
         rows = await self._all(sa.select(runs).where(runs.c.run_id == run_id))
-        return _stored_run(rows[0]) if rows else None
+        return stored_run(rows[0]) if rows else None
 
     async def open_gaps(self, run_id: str) -> list[Gap]:
         """The gaps of a run that are not resolved."""
@@ -108,6 +108,6 @@ class Reads:
         return rows
 
 
-def _stored_run(row: Any) -> StoredRun:
+def stored_run(row: Any) -> StoredRun:
     record = RunRecord(**{name: getattr(row, name) for name in RunRecord.__struct_fields__})
     return StoredRun(record, row.state, row.last_seq_id, row.chunk_count, row.updated_at)

@@ -59,7 +59,8 @@ def _refuse_unknown(revision: str | None, config: AlembicConfig) -> None:
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
     if revision is not None and revision not in known:
         raise RefusedError(
-            f"the database's schema ({revision}) is newer than this letta-ingest: install the version that made it"
+            f"the database's schema ({revision}) is unknown to this letta-ingest: it is newer, then install the version"
+            " that made it; or it is another program's, then name another database in storage.url"
         )
 
 

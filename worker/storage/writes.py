@@ -15,7 +15,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from worker.core.records import ENDED_STATUSES, MessageRecord, RunRecord
-from worker.core.runlog import Accepted, Gap
+from worker.core.runlog import Accepted
 from worker.storage import tables
 from worker.storage.tables import UNFINISHED_STATES
 
@@ -27,7 +27,6 @@ class RunWrite(msgspec.Struct, frozen=True):
     at: dt.datetime
     state: str | None = None
     accepted: Accepted | None = None
-    gaps: Sequence[Gap] = ()
     error: str | None = None
     record: RunRecord | None = None
     messages: Sequence[MessageRecord] = ()
@@ -36,8 +35,11 @@ class RunWrite(msgspec.Struct, frozen=True):
     @property
     def size(self) -> int:
         """Roughly the bytes it keeps in memory until it is committed."""
-        rows = sum(200 + len(row.chunk.payload) for row in self.accepted.rows) if self.accepted else 0
-        return 200 + rows + sum(200 + 2 * len(message.payload) for message in self.messages)
+        size = 200 + sum(200 + 2 * len(message.payload) for message in self.messages)
+        if self.accepted is not None:
+            size += sum(200 + len(row.chunk.payload) for row in self.accepted.rows)
+            size += sum(200 + len(reject.raw) for reject in self.accepted.rejects)
+        return size
 
 
 class SweepWrite(msgspec.Struct, frozen=True):
@@ -80,20 +82,23 @@ class Dialect(Protocol):
 
 async def write(connection: AsyncConnection, dialect: Dialect, writes: Sequence[Write]) -> None:
     """Write everything inside the caller's transaction: rows, gaps, cursors and states move together (I3)."""
-    for sweep in (w for w in writes if isinstance(w, SweepWrite)):
-        await _write_sweep(connection, dialect, sweep)
+    sweeps = [w for w in writes if isinstance(w, SweepWrite)]
     run_writes = sorted((w for w in writes if isinstance(w, RunWrite)), key=lambda w: w.run_id)
+    listed = {run.run_id for sweep in sweeps for run in sweep.runs}
+    if run_ids := listed.union(w.run_id for w in run_writes):
+        await dialect.lock_runs(connection, sorted(run_ids))
+    for sweep in sweeps:
+        await _write_sweep(connection, dialect, sweep)
     if not run_writes:
         return
-    await dialect.lock_runs(connection, [w.run_id for w in run_writes])
     if rows := [row for w in run_writes if w.accepted for row in _chunk_rows(w, w.accepted)]:
         await dialect.insert_chunks(connection, rows)
     await _write_gaps(connection, dialect, run_writes)
     await _write_rejects(connection, dialect, run_writes)
     await dialect.move_cursors(connection, _moves(run_writes))
     for w in run_writes:
-        if w.accepted is not None and w.accepted.has_late_rows:
-            await _close_filled_gaps(connection, w)
+        if w.accepted is not None and (w.accepted.has_late_rows or w.accepted.gaps or w.accepted.is_finished):
+            await _reconcile(connection, w)
         if w.record is not None or w.messages or w.is_settled:
             await _write_record(connection, dialect, w)
 
@@ -116,13 +121,16 @@ def _chunk_rows(w: RunWrite, accepted: Accepted) -> list[tuple[Any, ...]]:
 
 
 def _moves(writes: list[RunWrite]) -> list[tuple[Any, ...]]:
-    """One move a run, although a run may have several writes in one transaction; the last state said counts."""
+    """One move a run, although a run may have several writes in one transaction: what they come to one by one."""
     moves: dict[str, tuple[Any, ...]] = {}
     for w in writes:
         cursor, count, state, error, *_ = moves.get(w.run_id, (0, 0, None, None))
         if w.accepted is not None:
             cursor, count = max(cursor, w.accepted.cursor), max(count, w.accepted.stored_count)
-        moves[w.run_id] = (cursor, count, w.state or state, w.error or error, w.at, w.run_id)
+        if w.state is not None and (state is None or state in UNFINISHED_STATES or w.state == "complete"):
+            state = w.state
+        said = w.error or (w.record.error if w.record else None)
+        moves[w.run_id] = (cursor, count, state, said or error, w.at, w.run_id)
     return list(moves.values())
 
 
@@ -136,28 +144,34 @@ async def _write_gaps(connection: AsyncConnection, dialect: Dialect, writes: lis
             "detected_at": w.at,
         }
         for w in writes
-        for gap in (*(w.accepted.gaps if w.accepted else ()), *w.gaps)
+        if w.accepted
+        for gap in w.accepted.gaps
     ]
     if found:
         await connection.execute(dialect.insert(tables.gaps).on_conflict_do_nothing(), found)
 
 
-async def _close_filled_gaps(connection: AsyncConnection, w: RunWrite) -> None:
-    """A gap whose numbers have all turned up after all is closed; and the run's count is taken anew."""
+async def _reconcile(connection: AsyncConnection, w: RunWrite) -> None:
+    """Close the gaps whose numbers have turned up after all, read by us or by a second worker; count anew.
+
+    A run is `incomplete` for its gaps only (its end is known, else one of them is open-ended): without, it is complete.
+    """
     gaps, chunks, runs = tables.gaps, tables.chunks, tables.runs
     present = (
         sa.select(sa.func.count())
         .where(chunks.c.run_id == w.run_id, chunks.c.seq_id.between(gaps.c.first_seq_id, gaps.c.last_seq_id))
         .scalar_subquery()
     )
-    await connection.execute(
-        sa.update(gaps)
-        .where(gaps.c.run_id == w.run_id, gaps.c.resolved_at.is_(None))
-        .where(present == gaps.c.last_seq_id - gaps.c.first_seq_id + 1)
-        .values(resolution="filled", resolved_at=w.at)
-    )
+    is_open = sa.and_(gaps.c.run_id == w.run_id, gaps.c.resolved_at.is_(None))
+    is_filled = sa.or_(present == gaps.c.last_seq_id - gaps.c.first_seq_id + 1, sa.literal(w.state == "complete"))
+    await connection.execute(sa.update(gaps).where(is_open, is_filled).values(resolution="filled", resolved_at=w.at))
     count = sa.select(sa.func.count()).where(chunks.c.run_id == w.run_id).scalar_subquery()
-    await connection.execute(sa.update(runs).where(runs.c.run_id == w.run_id).values(chunk_count=count))
+    is_whole = sa.and_(runs.c.state == "incomplete", ~sa.exists().where(is_open))
+    await connection.execute(
+        sa.update(runs)
+        .where(runs.c.run_id == w.run_id)
+        .values(chunk_count=count, state=sa.case((is_whole, "complete"), else_=runs.c.state))
+    )
 
 
 async def _write_rejects(connection: AsyncConnection, dialect: Dialect, writes: list[RunWrite]) -> None:
@@ -180,18 +194,12 @@ async def _write_rejects(connection: AsyncConnection, dialect: Dialect, writes: 
 
 async def _write_record(connection: AsyncConnection, dialect: Dialect, w: RunWrite) -> None:
     """What the server's record says of the run, and its messages, in the order REST lists them."""
-    values: dict[str, Any] = {"updated_at": w.at}
+    run = sa.update(tables.runs).where(tables.runs.c.run_id == w.run_id)
     if w.record is not None:
-        values |= {
-            "status": w.record.status,
-            "stop_reason": w.record.stop_reason,
-            "completed_at": w.record.completed_at,
-        }
-        if w.error is None:
-            values["error"] = w.record.error
+        read = {name: getattr(w.record, name) for name in ("status", "stop_reason", "completed_at")}
+        await connection.execute(run.where(sa.literal(w.record.is_ended) | _is_open()).values(read))
     if w.is_settled:
-        values["settled_at"] = w.at
-    await connection.execute(sa.update(tables.runs).where(tables.runs.c.run_id == w.run_id).values(values))
+        await connection.execute(run.values(settled_at=w.at))
     listed = [
         {
             "run_id": w.run_id,
@@ -221,11 +229,8 @@ async def _write_sweep(connection: AsyncConnection, dialect: Dialect, sweep: Swe
             | {"state": "pending", "discovered_at": sweep.at, "updated_at": sweep.at}
             for run in sorted(sweep.runs, key=lambda run: run.run_id)
         ]
-        # A listing is a snapshot: what a follower has read since of a run that ended is newer.
-        status = tables.runs.c.status
-        is_open = sa.or_(status.is_(None), sa.and_(*(status != ended for ended in sorted(ENDED_STATUSES))))
         await connection.execute(
-            insert.on_conflict_do_update(index_elements=["run_id"], set_=changed, where=is_open), found
+            insert.on_conflict_do_update(index_elements=["run_id"], set_=changed, where=_is_open()), found
         )
     discovery = tables.discovery
     if sweep.dropped_scopes:
@@ -248,15 +253,27 @@ async def _write_sweep(connection: AsyncConnection, dialect: Dialect, sweep: Swe
         )
 
 
-_STATE = f"CASE WHEN runs.state IN {UNFINISHED_STATES} THEN COALESCE({{state}}, runs.state) ELSE runs.state END"
-"""A final state stays: a second worker that is behind cannot undo it."""
+def _is_open() -> sa.ColumnElement[bool]:
+    """The store does not know yet that the run ended. A record read before that is old, and must not undo it."""
+    status = tables.runs.c.status
+    return sa.or_(status.is_(None), status.not_in(sorted(ENDED_STATUSES)))
+
+
+_STATE = (
+    f"CASE WHEN runs.state IN {UNFINISHED_STATES} THEN COALESCE({{state}}, runs.state)"
+    " WHEN {state} = 'complete' THEN 'complete' ELSE runs.state END"
+)
+"""A final state stays: a second worker that is behind cannot undo it; one that has seen more can say `complete`."""
 
 
 class SqliteDialect:
     """SQLite: one writer at a time, so plain statements in a row are the fastest."""
 
-    _INSERT = "INSERT OR IGNORE INTO chunks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-    _COLUMNS = "run_id, seq_id, message_type, message_id, otid, step_id, payload, received_at, seq_source"
+    # Not INSERT OR IGNORE, which would also skip a row that breaks a rule, and the cursor would pass it (I2).
+    _INSERT = (
+        "INSERT INTO chunks (run_id, seq_id, message_type, message_id, otid, step_id, payload, received_at, seq_source)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
+    )
     _MOVE = (
         "UPDATE runs SET last_seq_id = max(last_seq_id, ?), chunk_count = max(chunk_count, ?),"
         f" state = {_STATE.format(state='?')}, error = COALESCE(?, error), updated_at = ? WHERE run_id = ?"
@@ -267,13 +284,14 @@ class SqliteDialect:
 
     async def insert_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
         """See Dialect."""
-        insert = self._INSERT.replace("chunks", f"chunks ({self._COLUMNS})")
         texts = {at: _sqlite_time(at) for at in {row[7] for row in rows}}
-        await connection.exec_driver_sql(insert, [(*row[:7], texts[row[7]], row[8]) for row in rows])
+        await connection.exec_driver_sql(self._INSERT, [(*row[:7], texts[row[7]], row[8]) for row in rows])
 
     async def move_cursors(self, connection: AsyncConnection, moves: list[tuple[Any, ...]]) -> None:
         """See Dialect."""
-        await connection.exec_driver_sql(self._MOVE, [(*move[:4], _sqlite_time(move[4]), move[5]) for move in moves])
+        # The state is named twice in the statement.
+        values = [(*move[:3], *move[2:4], _sqlite_time(move[4]), move[5]) for move in moves]
+        await connection.exec_driver_sql(self._MOVE, values)
 
     def insert(self, table: sa.Table) -> sqlite.Insert:
         """See Dialect."""

@@ -1,0 +1,121 @@
+"""What `letta-ingest verify` checks: every stored run, and on request that the server knows none we do not.
+
+Used by cli.py. Reads only, each run in a snapshot of its own, so that it may run beside a working worker.
+"""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import msgspec
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from worker import app
+from worker.config import Config
+from worker.core.messages import assemble, compare
+from worker.core.records import RunRecord
+from worker.core.soundness import faults_of
+from worker.discovery import OVERLAP, Watch
+from worker.letta.client import LettaClient
+from worker.storage import schema
+from worker.storage.audit import Audit, Dossier
+from worker.storage.reads import Reads
+from worker.storage.tables import UNFINISHED_STATES
+
+
+class RunReport(msgspec.Struct, frozen=True):
+    """What verify says of one run: `faults` contradict the promise, `missing` is what is known to be missing."""
+
+    run_id: str
+    state: str
+    chunks: int
+    faults: Sequence[str]
+    missing: Sequence[str]
+
+
+class Report(msgspec.Struct):
+    """The whole result. It is sound when no run has faults and the server has no run we do not know."""
+
+    runs: int = 0
+    chunks: int = 0
+    states: dict[str, int] = {}
+    runs_with_gaps: int = 0
+    differing: int = 0
+    """Complete runs whose messages differ from what was streamed."""
+    faulty: list[RunReport] = []
+    unknown_runs: list[str] = []
+    """Runs the server lists in the watched scope that are not stored."""
+    server_runs: int | None = None
+
+    @property
+    def is_sound(self) -> bool:
+        """Nothing contradicts the promise."""
+        return not self.faulty and not self.unknown_runs
+
+
+async def verify(config: Config, *, with_server: bool, progress: Callable[[int, int], None]) -> Report:
+    """Check everything. `progress` is told how many runs of how many are done."""
+    report = Report()
+    async with app.open_database(config) as engine:
+        await schema.require_current(engine)
+        audit = Audit(engine)
+        total = await audit.run_count()
+        async for dossier in audit.dossiers():
+            _count(report, dossier)
+            progress(report.runs, max(total, report.runs))
+        if with_server:
+            async with app.open_letta(config) as letta:
+                await _ask_server(report, app.watch(config), engine, letta)
+    return report
+
+
+def _count(report: Report, dossier: Dossier) -> None:
+    found = inspect(dossier)
+    report.runs += 1
+    report.chunks += found.chunks
+    report.states[found.state] = report.states.get(found.state, 0) + 1
+    report.runs_with_gaps += bool(found.missing)
+    if found.faults:
+        report.faulty.append(found)
+    if found.state == "complete":
+        streamed = assemble((chunk.seq_id, chunk.payload) for chunk in dossier.chunks)
+        report.differing += compare(streamed, dossier.messages).verdict == "differs"
+
+
+def inspect(dossier: Dossier) -> RunReport:
+    """Check one run (I1, I2, I5, I7)."""
+    run = dossier.run
+    open_gaps = [gap for gap in dossier.gaps if gap.is_open]
+    faults = faults_of(
+        run.record.run_id,
+        state=run.state,
+        cursor=run.cursor,
+        chunk_count=run.chunk_count,
+        chunks=dossier.chunks,
+        open_gaps=open_gaps,
+    )
+    if run.state not in UNFINISHED_STATES and run.state != "complete" and not open_gaps:
+        faults.append(f"the run is {run.state}, but no gap says what is missing")
+    missing = [f"{gap.first_seq_id}-{gap.last_seq_id or '?'} ({gap.cause})" for gap in open_gaps]
+    return RunReport(run.record.run_id, run.state, len(dossier.chunks), faults, missing)
+
+
+async def _ask_server(report: Report, watch: Watch, engine: AsyncEngine, letta: LettaClient) -> None:
+    """Every run the server lists in the watched scope must be stored, up to what discovery has listed."""
+    reads, audit = Reads(engine, is_patient=False), Audit(engine)
+    state = await reads.discovery_state()
+    report.server_runs = 0
+    async for page in _pages(letta):
+        wanted = [
+            run.run_id
+            for run in page
+            if state.position_at is not None
+            and run.created_at <= state.position_at - OVERLAP
+            and _is_wanted(run, watch, state.scopes)
+        ]
+        report.server_runs += len(wanted)
+        known = await audit.known_runs(wanted) if wanted else set()
+        report.unknown_runs += [run_id for run_id in wanted if run_id not in known]
+
+
+async def _pages(letta: LettaClient) -> AsyncIterator[list[RunRecord]]:
+    async for page in letta.newest_runs():
+        yield page
