@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import signal
+import ssl
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 
@@ -82,7 +83,7 @@ async def open_letta(config: Config) -> AsyncIterator[LettaClient]:
             timeout=httpx.Timeout(read_timeout, connect=settings.connect_timeout, pool=None),
             # aiohttp would take None for its own limit of 100.
             limits=httpx.Limits(max_connections=settings.max_streams + 16, keepalive_expiry=4.0),
-            verify=str(settings.ca_file) if settings.ca_file else True,
+            verify=ssl.create_default_context(cafile=settings.ca_file) if settings.ca_file else True,
             follow_redirects=True,
         )
     except OSError as error:

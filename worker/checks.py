@@ -13,6 +13,7 @@ from worker.errors import (
     NoBackgroundError,
     NotFoundError,
     RefusedError,
+    RunIdIgnoredError,
     TroubleError,
     WorkerError,
 )
@@ -79,7 +80,7 @@ async def _check_background_streaming(letta: LettaClient) -> Check:
             pass
     except NoBackgroundError as error:
         return Check("streaming", is_ok=False, text=f"{error}: set LETTA_REDIS_HOST on the server", is_refusal=True)
-    except (NotFoundError, BadRequestError):
+    except (NotFoundError, BadRequestError, RunIdIgnoredError):
         return Check("streaming", is_ok=True, text="background streaming is on")
     except WorkerError as error:
         return Check("streaming", is_ok=False, text=f"the stream endpoint fails: {error}", is_refusal=True)

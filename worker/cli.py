@@ -13,9 +13,10 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 
 from worker import app as composition
@@ -24,6 +25,8 @@ from worker.errors import ConfigError, RefusedError, WorkerError
 from worker.status import Status, printable, read_status
 from worker.storage import schema
 from worker.storage.reads import Reads
+from worker.verify import Report
+from worker.verify import verify as verify_store
 
 Result = TypeVar("Result")
 
@@ -134,6 +137,58 @@ def demo(
         raise typer.Exit(EXIT_OTHER)
 
 
+@cli.command()
+def verify(
+    config_path: ConfigOption = None,
+    server: Annotated[
+        bool, typer.Option("--server", help="Also ask the server which runs exist, and that none is missing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every stored run: numbers without a hole, cursor, counts, payloads. Exit 1 when something is wrong.
+
+    What the server could not serve any more is no fault: it is recorded as a gap, and counted. Reads only; the worker
+    may run meanwhile.
+    """
+    report = _do(_verified(_load(config_path), with_server=server))
+    if as_json:
+        typer.echo(msgspec.json.encode(report).decode())
+    else:
+        _print_report(report)
+    if not report.is_sound:
+        raise typer.Exit(EXIT_OTHER)
+
+
+async def _verified(settings: config.Config, *, with_server: bool) -> Report:
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("verifying runs", total=None)
+        return await verify_store(
+            settings,
+            with_server=with_server,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def _print_report(report: Report) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    states = ", ".join(f"{count} {state}" for state, count in sorted(report.states.items())) or "none"
+    console.print(f"runs     {report.runs} ({states})")
+    console.print(f"chunks   {report.chunks}")
+    console.print(f"gaps     {report.runs_with_gaps} runs with something missing that the server no longer served")
+    console.print(f"messages {report.differing} complete runs whose stored messages differ from what was streamed")
+    if report.server_runs is not None:
+        console.print(
+            f"server   lists {report.server_runs} runs in scope; {len(report.unknown_runs)} missing here,"
+            f" {report.undiscovered_runs} newer than the last sweep"
+        )
+    for run in report.faulty:
+        for fault in run.faults:
+            console.print(f"[red]FAULT[/]    {escape(printable(run.run_id))}: {escape(printable(fault))}")
+    for run_id in report.unknown_runs:
+        console.print(f"[red]MISSING[/]  {escape(printable(run_id))}: the server lists it, it is not stored")
+    console.print("[green]sound[/]" if report.is_sound else "[red]not sound: please report this, it is a bug[/]")
+
+
 async def _checks(settings: config.Config) -> list[checks.Check]:
     console, lines = Console(highlight=False), []
     async for line in checks.check(settings):
@@ -161,19 +216,27 @@ async def _show_status(settings: config.Config, *, as_json: bool, watch: bool) -
                 await asyncio.sleep(1)
 
 
-def _status_table(figures: Status) -> Table:
-    states = ", ".join(f"{count} {state}" for state, count in sorted(figures.runs.items())) or "none"
-    until = f"{figures.discovered_until:%Y-%m-%d %H:%M:%S} UTC" if figures.discovered_until else "never"
-    title = f"runs: {states} | chunks: {figures.chunks} | open gaps: {figures.open_gaps} | rejects: {figures.rejects}"
-    table = Table(title=title, caption=f"newest run discovered: {until}", title_justify="left", caption_justify="left")
+def _status_table(figures: Status) -> Group:
+    states = ", ".join(f"{count} {state}" for state, count in sorted(figures.runs.items())) or "none yet"
+    until = f"{figures.discovered_until:%Y-%m-%d %H:%M:%S} UTC" if figures.discovered_until else "none yet"
+    lines = [
+        f"runs        {states}",
+        f"chunks      {figures.chunks}",
+        f"open gaps   {figures.open_gaps}",
+        f"rejects     {figures.rejects}",
+        f"newest run  {until}",
+    ]
+    if not figures.unfinished:
+        return Group(*lines)
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("unfinished run", "conversation", "state", "status", "cursor", "last chunk", "expires in"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, no_wrap=column == "unfinished run")
     for run in figures.unfinished:
         last = "-" if run.last_chunk_seconds_ago is None else f"{run.last_chunk_seconds_ago:.0f} s ago"
-        cells = [run.run_id, run.conversation_id or "(agent-direct)", run.state, run.status, run.cursor, last]
         minutes = f"{run.seconds_to_expiry / 60:.0f} min"
-        table.add_row(*(escape(printable(cell)) for cell in cells), minutes)
-    return table
+        cells = (run.run_id, run.conversation_id or "(agent-direct)", run.state, run.status, run.cursor, last, minutes)
+        table.add_row(*(escape(printable(cell)) for cell in cells))
+    return Group(*lines, "", table)
 
 
 def _load(path: Path | None) -> config.Config:

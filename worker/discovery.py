@@ -5,7 +5,7 @@ list of active ones (letta-protocol e, trap 12).
 """
 
 import datetime as dt
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -43,6 +43,11 @@ class Watch(msgspec.Struct, frozen=True):
         if run.agent_id in self.agents:
             scopes.append(f"agent:{run.agent_id}")
         return scopes
+
+    def wants(self, run: RunRecord, starts: Mapping[str, "Start"]) -> bool:
+        """A scope of the run is watched since before the run was made; `starts` says of each scope from when on."""
+        watched = [starts[scope] for scope in self.scopes_of(run) if scope in starts]
+        return any(start is None or run.created_at >= start for start in watched)
 
     @property
     def scopes(self) -> set[str]:
@@ -115,8 +120,7 @@ class Discovery:
         return None if None in floors else min(floor for floor in floors if floor is not None)
 
     def _is_wanted(self, run: RunRecord) -> bool:
-        starts = [({**self._scopes, **self._new})[scope] for scope in self._watch.scopes_of(run)]
-        return any(start is None or run.created_at >= start for start in starts)
+        return self._watch.wants(run, {**self._scopes, **self._new})
 
     async def _store(self, runs: Sequence[RunRecord]) -> list[StoredRun]:
         """Store what is new or has changed; return those of the new ones that are not settled."""

@@ -144,9 +144,12 @@ class Follower:
         while not self._record.is_ended and dt.datetime.now(dt.UTC) < until:
             await asyncio.sleep(delay)
             delay = min(2 * delay, self._with.patience.most_silence)
-            async for attempt in until_it_works(self._report_trouble):
-                with attempt:
-                    self._record = await self._with.letta.retrieve_run(self._record.run_id)
+            try:
+                async for attempt in until_it_works(self._report_trouble):
+                    with attempt:
+                        self._record = await self._with.letta.retrieve_run(self._record.run_id)
+            except NotFoundError:
+                return  # deleted meanwhile; fetching its messages says so
 
     async def _read_once(self) -> Outcome:
         """Read one response to its end and see how far it brought us.

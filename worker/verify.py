@@ -3,7 +3,7 @@
 Used by cli.py. Reads only, each run in a snapshot of its own, so that it may run beside a working worker.
 """
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -11,9 +11,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from worker import app
 from worker.config import Config
 from worker.core.messages import assemble, compare
-from worker.core.records import RunRecord
 from worker.core.soundness import faults_of
-from worker.discovery import OVERLAP, Watch
+from worker.discovery import Watch
 from worker.letta.client import LettaClient
 from worker.storage import schema
 from worker.storage.audit import Audit, Dossier
@@ -44,6 +43,9 @@ class Report(msgspec.Struct):
     unknown_runs: list[str] = []
     """Runs the server lists in the watched scope that are not stored."""
     server_runs: int | None = None
+    """Runs of the watched scope that the server lists; None: it was not asked."""
+    undiscovered_runs: int = 0
+    """Those of them that are newer than the last sweep."""
 
     @property
     def is_sound(self) -> bool:
@@ -99,23 +101,14 @@ def inspect(dossier: Dossier) -> RunReport:
 
 
 async def _ask_server(report: Report, watch: Watch, engine: AsyncEngine, letta: LettaClient) -> None:
-    """Every run the server lists in the watched scope must be stored, up to what discovery has listed."""
-    reads, audit = Reads(engine, is_patient=False), Audit(engine)
-    state = await reads.discovery_state()
-    report.server_runs = 0
-    async for page in _pages(letta):
-        wanted = [
-            run.run_id
-            for run in page
-            if state.position_at is not None
-            and run.created_at <= state.position_at - OVERLAP
-            and _is_wanted(run, watch, state.scopes)
-        ]
-        report.server_runs += len(wanted)
-        known = await audit.known_runs(wanted) if wanted else set()
-        report.unknown_runs += [run_id for run_id in wanted if run_id not in known]
-
-
-async def _pages(letta: LettaClient) -> AsyncIterator[list[RunRecord]]:
+    """Every run the server lists in the watched scope must be stored, up to where discovery has listed."""
+    audit = Audit(engine)
+    state = await Reads(engine, is_patient=False).discovery_state()
+    report.server_runs = report.undiscovered_runs = 0
     async for page in letta.newest_runs():
-        yield page
+        wanted = [run for run in page if watch.wants(run, state.scopes)]
+        listed = [run.run_id for run in wanted if state.position_at and run.created_at <= state.position_at]
+        known = await audit.known_runs(listed) if listed else set()
+        report.server_runs += len(wanted)
+        report.undiscovered_runs += len(wanted) - len(listed)
+        report.unknown_runs += [run_id for run_id in listed if run_id not in known]

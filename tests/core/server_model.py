@@ -83,12 +83,16 @@ def log_of(kinds: Sequence[Kind], end: Literal["done", "error"], run_id: str = R
     entries: list[Entry] = []
     unnumbered: dict[str, int] = {}
     for number, kind in enumerate([*kinds, end], start=1):
-        if kind in {"hidden", "unreadable"}:
-            texts = HIDDEN if kind == "hidden" else UNREADABLE
-            place = unnumbered[kind] = unnumbered.get(kind, -1) + 1
-            text = texts[place] if place < len(texts) else texts[0].replace("e", f"e{place}")
-        else:
+        if kind in {"ping", "chunk"}:
             unnumbered.clear()
+        place = unnumbered[kind] = unnumbered.get(kind, -1) + 1
+        if kind == "hidden":
+            text = (
+                HIDDEN[place] if place < len(HIDDEN) else f'{{"message_type":"stop_reason","stop_reason":"s{place}"}}'
+            )
+        elif kind == "unreadable":
+            text = UNREADABLE[place] if place < len(UNREADABLE) else f"no JSON {place}"
+        else:
             text = _numbered_data(kind, number, run_id)
         entries.append(Entry(number, kind, text))
     return entries
@@ -121,6 +125,7 @@ class Server:
     entries: list[Entry]
     stream: list[Entry] = field(default_factory=list)
     other: Server | None = None
+    run_id: str = RUN
     trimmed: int = 0
     hole_count: int = 0
 
@@ -136,9 +141,10 @@ class Server:
         """The entry with that number."""
         return self.entries[number - 1] if 1 <= number <= len(self.entries) else None
 
-    def is_gone(self, number: int) -> bool:
-        """No copy of the entry is left."""
-        return all(entry.number != number for entry in self.stream[self.trimmed :])
+    def is_missing(self, number: int) -> bool:
+        """No copy of the entry is left, or the first one left stands behind a higher number."""
+        left = (entry.number for entry in self.stream[self.trimmed :] if entry.is_numbered or entry.number == number)
+        return next((n for n in left if n >= number), None) != number
 
     def read(self, after: int, trouble: Trouble, *, is_by_run: bool) -> Iterator[SseEvent]:
         """One response: every entry numbered above `after` (exclusive, c), in the order they were written."""
@@ -148,7 +154,7 @@ class Server:
         position, sent, shown, last = 0, 0, None, None
         while True:
             if sent in trouble.pings:
-                yield keepalive(shown, self.entries)
+                yield self._keepalive(shown)
             if sent == trouble.cut:
                 yield from self._ending(trouble)
                 return
@@ -159,7 +165,9 @@ class Server:
                 position = self._skip(position, trouble.skip[1], last)
             while position < len(self.stream) and self.stream[position].number <= after:
                 position += 1
-            if position == len(self.stream):  # past the terminal: silent for ever (c); the client goes away
+            if position == len(self.stream):
+                # Past the terminal: nothing but pings for ever (c); after the first one the client goes away.
+                yield self._keepalive(None)
                 return
             entry = last = self.stream[position]
             position, sent = position + 1, sent + 1
@@ -167,6 +175,12 @@ class Server:
             yield entry.event
             if entry.is_end:
                 return
+
+    def _keepalive(self, shown: int | None) -> SseEvent:
+        """A ping made by the reader: it repeats the last number of this response, or has none (b)."""
+        number = "null" if shown is None else shown
+        data = f'{{"id":"ping-x","message_type":"ping","seq_id":{number},"run_id":"{self.run_id}"}}'
+        return SseEvent(data.encode())
 
     def _ending(self, trouble: Trouble) -> Iterator[SseEvent]:
         if trouble.ending == "cancelled":
@@ -193,10 +207,3 @@ class Server:
         allowed = self._allowed(position, last) if last is not None and last.is_numbered else []
         self.hole_count += bool(allowed)
         return allowed[choice % len(allowed)] if allowed else position
-
-
-def keepalive(shown: int | None, entries: Sequence[Entry]) -> SseEvent:
-    """A ping made by the reader: it repeats the last number of this response, or has none (b)."""
-    run_id = OTHER_RUN if any(OTHER_RUN in e.data and e.kind == "chunk" for e in entries) else RUN
-    number = "null" if shown is None else shown
-    return SseEvent(f'{{"id":"ping-x","message_type":"ping","seq_id":{number},"run_id":"{run_id}"}}'.encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,8 @@ async def test_expired_half_read(letta: FakeLetta, sqlite_url: str) -> None:
     async with working(letta, sqlite_url) as rig:
         await rig.follow(run)
         await rig.assert_stored(run, "backfilled", (5, None, "expired", None), rows=had)
-        assert len(rig.asked("stream", run)) == 1 + 1, "410 is final"
+        said = [(request.path.split("/")[2], request.status) for request in rig.asked("stream", run)]
+        assert said[1:] == [("conversations", 410), ("runs", 410)], "the run's own 410 is final"
 
 
 async def test_failed_and_expired(rig: Rig, letta: FakeLetta) -> None:
@@ -117,8 +119,6 @@ async def test_not_background_says_the_endpoint(rig: Rig, letta: FakeLetta) -> N
 
 def body_of(run: FakeRun, **fields: object) -> bytes:
     """A listing of this run with some fields changed."""
-    import json  # noqa: PLC0415
-
     return json.dumps([run.as_json(listed=True) | fields]).encode()
 
 
@@ -154,9 +154,10 @@ async def test_deleted_while_followed(rig: Rig, letta: FakeLetta) -> None:
 async def test_deleted_without_a_stream(rig: Rig, letta: FakeLetta) -> None:
     """A run without a stream that is deleted while its end is waited for is settled too (I5)."""
     run = letta.new_run(letta.new_conversation(), background=False)
-    async with rig.following(run):
-        await asyncio.sleep(0)
-        del letta.runs[run.id]
+    await rig.stored(run)
+    del letta.runs[run.id]
+
+    await rig.follow(run)
 
     row = await rig.row(run)
     assert (row["state"], bool(row["settled_at"])) == ("unavailable", True)

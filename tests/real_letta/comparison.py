@@ -1,5 +1,6 @@
 """Compares what is stored with what the server's Redis holds: entry by entry, byte by byte."""
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from tests.real_letta.server_log import Row, RunLog, ServerLog
 from tests.real_letta.stored import Database
 
 _SHOWN = 20
+_MESSAGES = "SELECT payload FROM messages WHERE run_id = '{}' ORDER BY position"
 
 
 @dataclass
@@ -105,5 +107,13 @@ def _compare_run(findings: Findings, database: Database, driver: Driver, run_id:
     for (name, wanted), value in zip(expected.items(), found[0], strict=True):
         if value != wanted:
             findings.wrong.append(f"{run_id}: {name} is {value!r}, must be {wanted!r}")
+    _compare_messages(findings, database, driver, run_id)
     if gaps := database.gaps(run_id):
         findings.wrong.append(f"{run_id}: gaps {gaps}")
+
+
+def _compare_messages(findings: Findings, database: Database, driver: Driver, run_id: str) -> None:
+    stored = [json.loads(payload) for (payload,) in database.fetch(_MESSAGES.format(run_id))]
+    listed = driver.messages(run_id)
+    if stored != listed:
+        findings.wrong.append(f"{run_id}: {len(stored)} messages stored, {len(listed)} listed, or not the same ones")

@@ -1,9 +1,11 @@
 """Drives the Letta server as an application does, with its official client: agents, conversations, background runs."""
 
+import json
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from letta_client import APIStatusError, ConflictError, Letta, omit
 from letta_client.types.agents import Run
@@ -72,6 +74,12 @@ class Driver:
     def run(self, run_id: str) -> Run:
         """What the server says of a run."""
         return self._client.runs.retrieve(run_id)
+
+    def messages(self, run_id: str) -> list[dict[str, Any]]:
+        """What the server lists as the messages of a run, as it says it."""
+        answer = self._client.runs.messages.with_raw_response.list(run_id, limit=1000, order="asc")
+        listed: list[dict[str, Any]] = json.loads(answer.text())
+        return listed
 
     def is_active(self, run_id: str) -> bool:
         """Whether the server says the run is not over."""

@@ -29,8 +29,9 @@ WHILE_IT_IS_DOWN = "[n=25] [delay=0]"
 
 @dataclass
 class Tally:
-    """What the campaigns on all databases came to."""
+    """What the campaigns on all databases came to, and who says it."""
 
+    say: Say
     findings: Findings = field(default_factory=Findings)
     kills: int = 0
     landed: int = 0
@@ -39,13 +40,13 @@ class Tally:
 @pytest.fixture(scope="module")
 def tally(say: Say) -> Iterator[Tally]:
     """Sum up; said at the end."""
-    tally = Tally()
+    tally = Tally(say)
     yield tally
     say(f"in all: {tally.findings}; {tally.kills} kills, {tally.landed} of them mid-stream")
 
 
 def test_kills_lose_and_double_nothing(
-    database: Database, make_worker: MakeWorker, driver: Driver, log: ServerLog, say: Say, tally: Tally
+    database: Database, make_worker: MakeWorker, driver: Driver, log: ServerLog, tally: Tally
 ) -> None:
     """A worker killed at random moments stores every run exactly as the server's log has it (I1, I2, I3, I5, I6, I9).
 
@@ -75,7 +76,7 @@ def test_kills_lose_and_double_nothing(
             if campaign.kills % 3 == 0:
                 missed.append(driver.start(direct[1], WHILE_IT_IS_DOWN))
                 log.wait_until_over(missed, 30)
-            say(f"{database.kind}: kill {campaign.kills}, interrupted {len(campaign.interrupted[-1])} runs")
+            tally.say(f"{database.kind}: kill {campaign.kills}, interrupted {len(campaign.interrupted[-1])} runs")
     run_ids = [*missed, *cancelled, *traffic.run_ids()]
     driver.wait(run_ids)
     started = time.monotonic()
@@ -84,7 +85,7 @@ def test_kills_lose_and_double_nothing(
 
     findings = compare(database, log, driver, run_ids)
     landed = campaign.landed()
-    say(
+    tally.say(
         f"{database.kind}: {findings}; {campaign.kills} kills, {landed} of them mid-stream (seed {seed});"
         f" the last catch-up took {seconds:.1f} s"
     )

@@ -14,6 +14,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
@@ -21,11 +22,22 @@ _context.set_forkserver_preload(["worker.cli", "worker.app"])
 
 
 class Life:
-    """One process running `letta-ingest` with these arguments; its output goes to the end of a file."""
+    """One process running `letta-ingest` with these arguments; what it says goes to the end of a file.
 
-    def __init__(self, arguments: list[str], log: Path) -> None:
-        self._process = _context.Process(target=_live, args=(arguments, str(log)))
+    Its stdout goes there too unless it gets a file of its own. `environ` is what its environment has besides ours.
+    """
+
+    def __init__(
+        self, arguments: list[str], log: Path, *, stdout: Path | None = None, environ: dict[str, str] | None = None
+    ) -> None:
+        self._process = _context.Process(target=_live, args=(arguments, str(stdout or log), str(log), environ or {}))
         self._process.start()
+
+    @property
+    def pid(self) -> int:
+        """To send a signal to."""
+        assert self._process.pid is not None
+        return self._process.pid
 
     @property
     def exit_code(self) -> int | None:
@@ -37,22 +49,27 @@ class Life:
         self._process.kill()
         self._process.join()
 
-    async def wait(self, timeout: float) -> int:
+    async def wait(self, seconds: float) -> int | None:
         """Wait until it ends by itself and return its exit code; kill it and raise TimeoutError if it does not."""
         try:
-            async with asyncio.timeout(timeout):
-                while self._process.exitcode is None:
-                    await asyncio.sleep(0.05)
+            await until(lambda: self._process.exitcode is not None, seconds)
         finally:
             if self._process.exitcode is None:
                 self.kill()
         return self._process.exitcode
 
 
-def _live(arguments: list[str], log: str) -> None:
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+async def until(is_so: Callable[[], bool], seconds: float) -> None:
+    """Return once it is so; raise TimeoutError if it is not after that time."""
+    async with asyncio.timeout(seconds):
+        while not is_so():  # noqa: ASYNC110 - what another process does sets no event of ours
+            await asyncio.sleep(0.02)
+
+
+def _live(arguments: list[str], stdout: str, stderr: str, environ: dict[str, str]) -> None:
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
+    os.environ.update(environ)
     sys.argv = ["letta-ingest", *arguments]
     from worker.cli import main  # noqa: PLC0415 - imported long ago, in the process this one was forked from
 

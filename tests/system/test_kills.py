@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.lives import Life
+from tests.support.lives import Life, until
 from tests.support.looks import looking
 from worker.demo.fake_letta import FakeLetta
 from worker.demo.proof import compare
@@ -83,7 +83,7 @@ class Campaign:
     def start(self, *options: str) -> Life:
         """Start a life with settings of its own."""
         config, log = self.folder / "config.toml", self.folder / "worker.log"
-        batch_size, max_streams = self.chance.choice((2, 10, 1000)), self.chance.choice((4, 16, 40))
+        batch_size, max_streams = self.chance.choice((2, 10, 1000)), self.chance.choice((8, 16, 40))
         settings = {"url": self.letta.url, "batch_size": batch_size, "max_streams": max_streams}
         config.write_text(CONFIG.format(**settings, database_url=self.database_url))
         return Life([*options, "--config", str(config)], log)
@@ -164,13 +164,11 @@ async def test_kills_lose_and_double_nothing(database_url: str, tmp_path: Path) 
     """I1, I2, I3, I5: after every SIGKILL the worker goes on from its cursors; every chunk is stored exactly once."""
     began = time.monotonic()
     async with campaign(database_url, tmp_path) as it:
-        while len(it.letta.runs) < SPEAKERS:
-            await asyncio.sleep(0.1)
+        await until(lambda: len(it.letta.runs) >= SPEAKERS, 10)
         while len(it.kills) < KILLS:
             await it.kill_once()
         it.talk.finish()
-        while it.talk.live_runs:
-            await asyncio.sleep(0.1)
+        await until(lambda: not it.talk.live_runs, 120)
         await it.end()
         totals = {run.id: len(run.expected_rows()) for run in it.letta.runs.values()}
         tally = compare(it.letta.runs, await it.look.chunks())
@@ -178,7 +176,7 @@ async def test_kills_lose_and_double_nothing(database_url: str, tmp_path: Path) 
         gaps, rejects = await it.look.count("gaps"), await it.look.count("rejects")
     landed = sum(kill.landed(totals) for kill in it.kills)
     print(
-        f"\n{database_url.split(':')[0]}: {len(it.kills)} kills, {landed} landed mid-write, {tally.runs} runs,"
+        f"\n{database_url.partition(':')[0]}: {len(it.kills)} kills, {landed} landed mid-write, {tally.runs} runs,"
         f" {tally.chunks} chunks: {tally.lost} lost, {tally.doubled} doubled, {tally.altered} altered"
         f" ({it.fewest_live}+ runs alive, {time.monotonic() - began:.0f} s, seed {SEED})"
     )

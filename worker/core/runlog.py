@@ -332,7 +332,7 @@ def _without_repeats(tail: list[Chunk | Unparsable]) -> list[Chunk | Unparsable]
     for event in tail:
         kept.append(event)
         for size in range(1, len(kept) // 2 + 1):
-            if kept[-size:] == kept[-2 * size : -size]:
+            if event == kept[-1 - size] and kept[-size:] == kept[-2 * size : -size]:
                 del kept[-size:]
                 break
     return kept

@@ -1,6 +1,10 @@
 """What the server's answers mean: status codes -> errors by reaction, JSON -> records. Used by client.py."""
 
+import contextlib
 import datetime as dt
+import json
+import math
+import re
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -70,7 +74,17 @@ def read_runs(body: bytes) -> list[RunRecord]:
 
 def read_messages(body: bytes) -> list[MessageRecord]:
     """The message items of a listing, each with its payload as the server wrote it."""
-    return [_message(bytes(raw), _object(raw)) for raw in _array(body)]
+    return [_message(raw, _object(raw)) for raw in _array(body)]
+
+
+def read_version(body: bytes) -> str:
+    """The version in the server's own description of itself."""
+    return str(_object(body).get("version"))
+
+
+def read_ids(body: bytes) -> list[str]:
+    """The ids of a listing."""
+    return [str(fields["id"]) for fields in _objects(body) if "id" in fields]
 
 
 def _run(fields: dict[str, Any]) -> RunRecord:
@@ -92,7 +106,7 @@ def _run(fields: dict[str, Any]) -> RunRecord:
         # An object for a failure while streaming, a string for one at the start (letta-protocol e).
         error=None
         if error is None
-        else _clean(error if isinstance(error, str) else msgspec.json.encode(error).decode()),
+        else _clean(error if isinstance(error, str) else json.dumps(error, ensure_ascii=False, separators=(",", ":"))),
     )
 
 
@@ -116,18 +130,43 @@ def _objects(body: bytes) -> list[dict[str, Any]]:
     return [_object(raw) for raw in _array(body)]
 
 
-def _array(body: bytes) -> list[msgspec.Raw]:
+def _array(body: bytes) -> list[bytes]:
     try:
-        return msgspec.json.decode(body, type=list[msgspec.Raw])
-    except (msgspec.MsgspecError, RecursionError) as error:
+        return [bytes(raw) for raw in msgspec.json.decode(body, type=list[msgspec.Raw])]
+    except (msgspec.MsgspecError, RecursionError):
+        pass
+    try:
+        return _array_by_standard_library(body.decode())
+    except (ValueError, RecursionError) as error:
         raise TroubleError(f"the server's answer is not the JSON list it should be: {body[:100]!r}") from error
 
 
-def _object(raw: msgspec.Raw) -> dict[str, Any]:
+def _array_by_standard_library(text: str) -> list[bytes]:
+    """The same; also reads what msgspec refuses, lone surrogates and NaN, because one entry must not hide the rest."""
+    if not isinstance(json.loads(text), list):
+        raise ValueError("not a list")
+    decoder, place, items = json.JSONDecoder(), text.index("[") + 1, []
+    while text[start := _end_of_separator(text, place)] != "]":
+        _, place = decoder.raw_decode(text, start)
+        items.append(text[start:place].encode())
+    return items
+
+
+def _end_of_separator(text: str, place: int) -> int:
+    found = re.compile(r"[ \t\r\n,]*").match(text, place)
+    return found.end() if found else place
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    fields: object = None
     try:
-        return msgspec.json.decode(raw, type=dict[str, Any])
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise TroubleError(f"the server lists something that is not a JSON object: {bytes(raw)[:100]!r}") from error
+        fields = msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, RecursionError):
+        with contextlib.suppress(ValueError, RecursionError):
+            fields = json.loads(raw)
+    if not isinstance(fields, dict):
+        raise TroubleError(f"the server sends something that is not a JSON object: {raw[:100]!r}")
+    return fields
 
 
 def _detail(body: bytes) -> str:
@@ -140,7 +179,9 @@ def _detail(body: bytes) -> str:
 
 
 def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and len(value) <= MAX_COLUMN_CHARS and "\x00" not in value else None
+    if not isinstance(value, str) or len(value) > MAX_COLUMN_CHARS:
+        return None
+    return value if _clean(value) == value else None
 
 
 def _clean(text: str) -> str:
@@ -156,7 +197,10 @@ def _time(value: object) -> dt.datetime | None:
         time = dt.datetime.fromisoformat(value)
     except ValueError:
         return None
-    return time.replace(tzinfo=dt.UTC) if time.tzinfo is None else time.astimezone(dt.UTC)
+    try:
+        return time.replace(tzinfo=dt.UTC) if time.tzinfo is None else time.astimezone(dt.UTC)
+    except OverflowError:  # at the ends of the calendar
+        return None
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -168,6 +212,8 @@ def _retry_after(value: str | None) -> float | None:
     except ValueError:
         try:
             seconds = (parsedate_to_datetime(value) - dt.datetime.now(dt.UTC)).total_seconds()
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return None
+    if math.isnan(seconds):
+        return None
     return min(max(seconds, 0.0), MAX_RETRY_AFTER)

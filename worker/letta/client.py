@@ -17,12 +17,14 @@ import msgspec
 from worker.core.chunks import Event, parse
 from worker.core.records import MessageRecord, RunRecord
 from worker.core.sse import SseDecoder
-from worker.errors import RunIdIgnoredError, TroubleError
-from worker.letta.answers import error_of, is_event_stream, read_messages, read_runs
+from worker.errors import NotFoundError, NotStreamableError, RunExpiredError, RunIdIgnoredError, TroubleError, WorkerError
+from worker.letta.answers import error_of, is_event_stream, read_ids, read_messages, read_runs, read_version
 from worker.letta.paging import Paging
 
 MAX_ANSWER_BYTES = 512 * 1024 * 1024
 """A JSON answer larger than this is refused, so that memory stays bounded (I8)."""
+MAX_ERROR_BYTES = 64 * 1024
+"""So much is read of an error's body."""
 RUNS_A_PAGE = 100
 MESSAGES_A_PAGE = 100
 
@@ -73,7 +75,7 @@ class LettaClient:
 
     async def server_version(self) -> str:
         """The server's version, e.g. `0.16.8`; needs no credentials (letta-protocol j)."""
-        return str(msgspec.json.decode(await self._get("/v1/health/")).get("version"))
+        return read_version(await self._get("/v1/health/"))
 
     async def newest_runs(self, limit: int = RUNS_A_PAGE) -> AsyncIterator[list[RunRecord]]:
         """All runs of the server, newest first, page by page; never loops and never skips (paging.py)."""
@@ -90,8 +92,7 @@ class LettaClient:
 
     async def conversations_of(self, agent_id: str, limit: int = 1000) -> list[str]:
         """The ids of an agent's conversations, newest first, at most `limit`."""
-        answer = await self._get("/v1/conversations/", agent_id=agent_id, limit=limit)
-        return [str(c["id"]) for c in msgspec.json.decode(answer) if isinstance(c, dict) and "id" in c]
+        return read_ids(await self._get("/v1/conversations/", agent_id=agent_id, limit=limit))
 
     async def run_messages(self, run_id: str) -> AsyncIterator[list[MessageRecord]]:
         """The messages the server stored for a run, oldest first, page by page.
@@ -129,10 +130,9 @@ class LettaClient:
             response = await self._http.send(request, stream=True)
         try:
             if response.status_code != httpx.codes.OK:
-                body = await _read_bounded(response, 64 * 1024)
-                error = error_of(response.status_code, response.headers, body)
-                ignores_run_id = not address.is_by_run and "No active runs" in str(error)
-                raise RunIdIgnoredError(str(error)) if ignores_run_id else error
+                with _as_worker_errors():
+                    body = await _read_beginning(response)
+                raise _refusal_of(address, error_of(response.status_code, response.headers, body))
             if not is_event_stream(response.headers):
                 kind = response.headers.get("content-type", "nothing")
                 raise TroubleError(f"the server answered a stream request with {kind}: is base_url a Letta server?")
@@ -167,10 +167,15 @@ class LettaClient:
     async def _get(self, path: str, **query: str | int) -> bytes:
         with _as_worker_errors():
             async with self._http.stream("GET", path, params=query) as response:
-                body = await _read_bounded(response, MAX_ANSWER_BYTES)
-        if response.status_code != httpx.codes.OK:
-            raise error_of(response.status_code, response.headers, body)
-        return body
+                if response.status_code != httpx.codes.OK:
+                    raise error_of(response.status_code, response.headers, await _read_beginning(response))
+                return await _read_bounded(response, MAX_ANSWER_BYTES)
+
+
+def _refusal_of(address: Address, error: WorkerError) -> WorkerError:
+    """A server that ignores `run_id` speaks of the conversation's newest active run: of ours that says nothing."""
+    may_be_another_run = isinstance(error, RunExpiredError | NotStreamableError) or "No active runs" in str(error)
+    return RunIdIgnoredError(str(error)) if may_be_another_run and not address.is_by_run else error
 
 
 def _stream_path(address: Address) -> str:
@@ -180,8 +185,10 @@ def _stream_path(address: Address) -> str:
 
 
 def _quoted(identifier: str) -> str:
-    """An id as one path segment; an id of dots only would climb out of it even when quoted."""
-    return quote(identifier, safe="") if identifier.strip(".") else "%2E" * len(identifier)
+    """An id as one path segment. Dots alone would climb out of it even when quoted, and no id is made of them."""
+    if not identifier.strip("."):
+        raise NotFoundError(f"no server has the id {identifier!r}")
+    return quote(identifier, safe="", errors="replace")
 
 
 async def _read_bounded(response: httpx.Response, max_bytes: int) -> bytes:
@@ -191,6 +198,16 @@ async def _read_bounded(response: httpx.Response, max_bytes: int) -> bytes:
         if len(body) > max_bytes:
             raise TroubleError(f"the server's answer is larger than {max_bytes} bytes")
     return bytes(body)
+
+
+async def _read_beginning(response: httpx.Response) -> bytes:
+    """As much of an error's body as its message needs; a long one must not hide the status."""
+    body = bytearray()
+    async for received in response.aiter_bytes():
+        body += received
+        if len(body) >= MAX_ERROR_BYTES:
+            break
+    return bytes(body[:MAX_ERROR_BYTES])
 
 
 @contextlib.contextmanager

@@ -14,11 +14,10 @@ PageOf = Callable[[int, dict[str, str]], Awaitable[list[RunRecord]]]
 
 
 class Paging:
-    """Walks pages, and remembers which parameter leads to older runs once a page has proven it."""
+    """Walks pages, and tries first which parameter led to older runs the last time."""
 
     def __init__(self) -> None:
         self._names = ["before", "after"]
-        self._is_proven = False
 
     async def walk(self, page_of: PageOf, limit: int) -> AsyncIterator[list[RunRecord]]:
         """Give page after page until there is nothing older.
@@ -26,22 +25,23 @@ class Paging:
         Raises TroubleError when neither parameter leads on, because then runs could be missed silently.
         """
         page = await page_of(limit, {})
+        proven: str | None = None  # by a page of this walk: the server may be another version than the last time
         while page:
             yield page
             if len(page) < limit:
                 return
-            page = await self._older_than(page[-1], page_of, limit)
+            page = await self._older_than(page[-1], page_of, limit, proven)
+            proven = self._names[0]
 
-    async def _older_than(self, last: RunRecord, page_of: PageOf, limit: int) -> list[RunRecord]:
+    async def _older_than(self, last: RunRecord, page_of: PageOf, limit: int, proven: str | None) -> list[RunRecord]:
         is_moved = False
         for name in tuple(self._names):  # the one that has led on before comes first
             page = await page_of(limit, {name: last.run_id})
             is_older = all(_place(run) < _place(last) for run in page)
             if page and is_older:
                 self._names.sort(key=lambda n: n != name)
-                self._is_proven = True
                 return page
-            if not page and self._is_proven:
+            if not page and name == proven:
                 return []
             # Nothing newer than the newest looks like nothing older than the oldest: only both together prove an end.
             is_moved = is_moved or bool(page)

@@ -109,5 +109,6 @@ class Reads:
 
 
 def stored_run(row: Any) -> StoredRun:
+    """A row of `runs` as a value."""
     record = RunRecord(**{name: getattr(row, name) for name in RunRecord.__struct_fields__})
     return StoredRun(record, row.state, row.last_seq_id, row.chunk_count, row.updated_at)

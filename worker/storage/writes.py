@@ -256,7 +256,8 @@ async def _write_sweep(connection: AsyncConnection, dialect: Dialect, sweep: Swe
 def _is_open() -> sa.ColumnElement[bool]:
     """The store does not know yet that the run ended. A record read before that is old, and must not undo it."""
     status = tables.runs.c.status
-    return sa.or_(status.is_(None), status.not_in(sorted(ENDED_STATUSES)))
+    # No NOT IN: its list is written out at execution, which SQLAlchemy refuses to do for many rows at once.
+    return sa.or_(status.is_(None), sa.and_(*(status != ended for ended in sorted(ENDED_STATUSES))))
 
 
 _STATE = (

@@ -24,6 +24,7 @@ def _site_packages(venv: Path) -> Path:
 
 def is_reachable_by_others(path: Path) -> bool:
     """Whether an unprivileged user may pass through every directory down to `path`."""
+    path = path.resolve()
     return all(directory.stat().st_mode & stat.S_IXOTH for directory in (path, *path.parents))
 
 

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -46,7 +47,9 @@ def _server_python() -> str:
     if _OLDEST <= sys.version_info[:2] <= _NEWEST:
         return sys.executable
     for minor in range(_NEWEST[1], _OLDEST[1] - 1, -1):
-        if found := shutil.which(f"python3.{minor}"):
+        found = shutil.which(f"python3.{minor}")
+        # pyenv puts commands on the PATH for versions that are not active; those only say so.
+        if found and subprocess.run([found, "--version"], capture_output=True, check=False).returncode == 0:
             return found
     raise LabError("the Letta server needs Python 3.11, 3.12 or 3.13; none of them is on the PATH")
 

@@ -1,0 +1,189 @@
+"""Two workers on the same runs, and the same worker in other lots: it comes to the same."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.storage.racer import CHUNKS, RUNS, race
+from tests.storage.store import AT, Store, accepted, ending, known, lot, row
+from worker.core.records import RunRecord
+from worker.core.runlog import Gap, Reject
+from worker.storage import tables
+from worker.storage.writes import RunWrite
+
+if TYPE_CHECKING:
+    from worker.storage.writes import Write
+
+QUICKLY = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@st.composite
+def one_workers_lots(draw: st.DrawFn, run_id: str, last: int, missed: int | None) -> list[RunWrite]:
+    """A run of `last` chunks as one worker may write it: lots, repetitions, perhaps a chunk it never saw."""
+    writes: list[RunWrite] = []
+    first = 1
+    while first <= last:
+        end = draw(st.integers(first, last))
+        again = draw(st.integers(max(1, first - 2), first))
+        new = [row(n) for n in range(again, end + 1) if n != missed]
+        gaps = [Gap(missed, missed, "not served")] if missed is not None and first <= missed <= end else []
+        count = end - (missed is not None and missed <= end)
+        is_end = end == last
+        state = ("complete" if missed is None else "incomplete") if is_end else "following"
+        found = accepted(new, gaps=gaps, cursor=end, count=count, finished=is_end, complete=state == "complete")
+        writes.append(RunWrite(run_id, AT, state, found))
+        if draw(st.integers(0, 4)) == 0:
+            writes.append(RunWrite(run_id, AT, None, accepted(rejects=[Reject(end, b"?", "x")], cursor=end, count=count)))
+        first = end + 1
+    record = RunRecord(run_id, AT, "completed", completed_at=AT)
+    return [*writes, RunWrite(run_id, AT, record=record, is_settled=True)]
+
+
+def interleaved(draw: st.DrawFn, scripts: list[list[RunWrite]]) -> list[RunWrite]:
+    """The scripts in one another, each in its own order."""
+    rest = [list(script) for script in scripts if script]
+    mixed = []
+    while rest:
+        script = draw(st.sampled_from(rest))
+        mixed.append(script.pop(0))
+        rest = [each for each in rest if each]
+    return mixed
+
+
+number = 0
+
+
+def fresh_run() -> str:
+    """A run no other example uses."""
+    global number  # noqa: PLW0603
+    number += 1
+    return f"run-{number}"
+
+
+async def picture(store: Store, run_id: str) -> tuple[Any, ...]:
+    """All that is stored of a run but its name."""
+    run = await store.run(run_id)
+    rejects = await store.all(sa.select(tables.rejects.c.after_seq_id).where(tables.rejects.c.run_id == run_id))
+    return (
+        (run.state, run.status, run.last_seq_id, run.chunk_count, run.settled_at, run.error),
+        await store.chunks(run_id),
+        await store.gaps(run_id),
+        sorted(r.after_seq_id for r in rejects),
+    )
+
+
+@given(data=st.data())
+@QUICKLY
+async def test_how_writes_are_grouped_changes_nothing(store: Store, data: st.DataObject) -> None:
+    """I3: A run's writes in one transaction, or in one each, or in any lots, come to the same."""
+    last = data.draw(st.integers(1, 12))
+    missed = data.draw(st.none() | st.integers(1, last - 1)) if last > 1 else None
+    ids = [fresh_run() for _ in range(3)]
+    script = data.draw(one_workers_lots(ids[0], last, missed))
+    await store.write(known(*ids))
+    await store.write(*script)
+    for write in script:
+        await store.write(_of(ids[1], write))
+    queue = [_of(ids[2], write) for write in script]
+    while queue:
+        size = data.draw(st.integers(1, len(queue)))
+        await store.write(*queue[:size])
+        del queue[:size]
+    one, each, some = [await picture(store, run_id) for run_id in ids]
+    assert one == each == some
+    assert one[0][0] == ("complete" if missed is None else "incomplete")
+
+
+def _of(run_id: str, write: RunWrite) -> RunWrite:
+    fields = {name: getattr(write, name) for name in write.__struct_fields__}
+    return RunWrite(**{**fields, "run_id": run_id})
+
+
+@given(data=st.data())
+@QUICKLY
+async def test_two_workers_in_any_order_come_to_the_same(store: Store, data: st.DataObject) -> None:
+    """I4, I5: However the lots of two workers fall into one another, all rows are there, and the run is complete."""
+    last = data.draw(st.integers(2, 12))
+    run_id = fresh_run()
+    places = st.none() | st.integers(1, last - 1)
+    missed = data.draw(st.tuples(places, places))
+    scripts = [data.draw(one_workers_lots(run_id, last, each)) for each in missed]
+    await store.write(known(run_id))
+    for write in interleaved(data.draw, scripts):
+        await store.write(write)
+    run, chunks, gaps, _ = await picture(store, run_id)
+    lost = {missed[0]} if missed[0] == missed[1] and missed[0] is not None else set()
+    assert sorted(chunks) == [n for n in range(1, last + 1) if n not in lost]
+    assert run[:4] == ("incomplete" if lost else "complete", "completed", last, last - len(lost))
+    assert {first for first, *_, is_open in gaps if is_open} == lost
+
+
+def assert_whole(chunks: dict[int, str], run: Any) -> None:
+    """The run is there once, to its end."""
+    assert chunks == {n: f'{{"seq_id":{n}}}' for n in range(1, CHUNKS + 1)}
+    assert (run.last_seq_id, run.chunk_count, run.state) == (CHUNKS, CHUNKS, "complete")
+
+
+async def prepare(store: Store) -> None:
+    """Discovery has found the runs of the race."""
+    await store.write(known(*(f"run-{n:02}" for n in range(RUNS))))
+
+
+@pytest.mark.parametrize("seed", [1, 3, 5])
+async def test_two_committers_at_once(store: Store, seed: int) -> None:
+    """I4: Two committers that write the same runs at once, in different lots and orders, never trip over each other."""
+    await prepare(store)
+    logs = await asyncio.gather(race(store.url, seed), race(store.url, seed + 1))
+    assert [log.names for log in logs] == [[], []]
+    for n in range(RUNS):
+        assert_whole(await store.chunks(f"run-{n:02}"), await store.run(f"run-{n:02}"))
+
+
+async def test_two_processes_at_once(store: Store) -> None:
+    """I4: The same with two processes."""
+    await prepare(store)
+    program = [sys.executable, "-m", "tests.storage.racer", store.url]
+    racers = [
+        await asyncio.create_subprocess_exec(*program, seed, stdout=asyncio.subprocess.PIPE) for seed in ("11", "12")
+    ]
+    said = [(await racer.communicate())[0] for racer in racers]
+    assert said == [b"[]\n", b"[]\n"]
+    for n in range(RUNS):
+        assert_whole(await store.chunks(f"run-{n:02}"), await store.run(f"run-{n:02}"))
+
+
+async def test_a_sweep_and_a_follower_in_crossed_order(postgresql_url: str) -> None:
+    """I4: A listing and a run's lot in one transaction take their locks in one order, so none deadlocks."""
+    async with Store(postgresql_url) as one, Store(postgresql_url) as other:
+        await one.write(known("run-a", "run-b"))
+
+        async def repeat(store: Store, listed: str, followed: str) -> None:
+            for n in range(1, 60):
+                await store.write(known(listed), lot(followed, n, n))
+
+        await asyncio.gather(repeat(one, "run-b", "run-a"), repeat(other, "run-a", "run-b"))
+        assert await one.cursor("run-a") == await one.cursor("run-b") == 59
+
+
+async def test_a_worker_that_is_behind_changes_nothing(store: Store) -> None:
+    """I4: A second worker that reads a finished run again leaves everything as it is but updated_at."""
+    script: list[Write] = [lot("run-1", 1, 4), lot("run-1", 5, 9), ending("run-1", 10, 10)]
+    await store.write(known("run-1"))
+    await store.write(*script)
+    before = await store.snapshot()
+    for write in script:
+        await store.write(write)
+    assert await store.snapshot() == before

@@ -1,0 +1,111 @@
+"""The worker's commands as processes, on a FakeLetta that asks for a key nobody may ever see; for tests/system."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import signal
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tests.support.lives import Life, until
+from tests.support.looks import looking
+from worker.demo.proof import compare
+from worker.demo.talk import Talk
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from worker.demo.fake_letta import FakeLetta
+    from worker.demo.proof import Tally
+
+SECRET = "sk-never-to-be-seen-in-any-output"
+
+CONFIG = """\
+letta = {{ base_url = "{url}", api_key = "{key}" }}
+watch = {{ all = true }}
+storage = {{ url = "{database_url}" }}
+discovery = {{ interval = 0.2 }}
+service = {{ listen = "{listen}" }}
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    code: int | None
+    out: str
+    err: str
+
+
+@dataclass
+class Shell:
+    """Runs the worker's commands with one configuration."""
+
+    letta: FakeLetta
+    folder: Path
+    database_url: str
+    key: str = SECRET
+    listen: str = "127.0.0.1:0"
+    lives: list[Life] = field(default_factory=list)
+    _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+
+    def start(self, *words: str, config: str | None = None, environ: dict[str, str] | None = None) -> Life:
+        """Start a command; words that name the configuration are added."""
+        path = self.folder / "config.toml"
+        settings = {"url": self.letta.url, "key": self.key, "database_url": self.database_url, "listen": self.listen}
+        path.write_text(CONFIG.format(**settings) if config is None else config)
+        number = next(self._numbers)
+        out, err = self.folder / f"{number}.out", self.folder / f"{number}.err"
+        out.touch()
+        err.touch()
+        self.lives.append(Life([*words, "--config", str(path)], err, stdout=out, environ=environ))
+        return self.lives[-1]
+
+    async def do(self, *words: str, config: str | None = None, environ: dict[str, str] | None = None) -> Done:
+        """Run a command to its end."""
+        code = await self.start(*words, config=config, environ=environ).wait(30)
+        number = len(self.lives)
+        return Done(code, (self.folder / f"{number}.out").read_text(), (self.folder / f"{number}.err").read_text())
+
+    async def stop(self, life: Life, number: signal.Signals = signal.SIGTERM) -> int | None:
+        """Send a signal and return the exit code; TimeoutError if it takes longer than a drain may."""
+        os.kill(life.pid, number)
+        return await life.wait(8)
+
+    async def rows(self) -> int:
+        """How many chunks are stored."""
+        async with looking(self.database_url) as look:
+            return await look.count("chunks")
+
+    async def tally(self) -> Tally:
+        """What the server served, against what is stored."""
+        async with looking(self.database_url) as look:
+            return compare(self.letta.runs, await look.chunks())
+
+    def logged(self, life: Life) -> list[dict[str, Any]]:
+        """The log lines of a life."""
+        text = (self.folder / f"{self.lives.index(life) + 1}.err").read_text()
+        return [json.loads(line) for line in text.splitlines() if line.startswith("{") and line.endswith("}")]
+
+    async def until_logged(self, life: Life, event: str) -> None:
+        """Wait for a log line."""
+        await until(lambda: any(line["event"] == event for line in self.logged(life)), 15)
+
+
+@asynccontextmanager
+async def talking(letta: FakeLetta, speakers: int = 6) -> AsyncIterator[Talk]:
+    """Some conversations that go on; at the end of the block they end, too."""
+    talk = Talk(letta, speakers=speakers, seed=1, chunks_per_second=60.0 * speakers, longest=60)
+    task = asyncio.create_task(talk.speak())
+    try:
+        yield talk
+        talk.finish()
+        await task
+    finally:
+        task.cancel()
