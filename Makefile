@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-export KILLS
+export LETTA_INGEST_KILLS := $(KILLS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check format kills wheel real bench setup constraints clean

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import signal
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from importlib.metadata import version
 
 import httpx
@@ -64,6 +64,15 @@ async def open_database(config: Config) -> AsyncIterator[AsyncEngine]:
         yield engine
     finally:
         await engine.dispose()
+
+
+@contextlib.asynccontextmanager
+async def open_current_database(config: Config) -> AsyncIterator[AsyncEngine]:
+    """The same for a command that does not wait. Raises RefusedError when it is away or its schema is not ours."""
+    async with open_database(config) as engine:
+        with _outage_refuses():
+            await schema.require_current(engine)
+        yield engine
 
 
 @contextlib.asynccontextmanager
@@ -129,9 +138,16 @@ def _stop_on_signals(service: Service) -> None:
 async def migrate(config: Config) -> tuple[str | None, str]:
     """Upgrade the schema; return the revision before and after. Raises RefusedError, also when the database is away."""
     async with open_database(config) as engine:
-        try:
+        with _outage_refuses():
             return await schema.upgrade(engine)
-        except Exception as error:
-            if is_outage(error):
-                raise RefusedError(f"the database cannot be reached: {describe(error)}") from error
-            raise
+
+
+@contextlib.contextmanager
+def _outage_refuses() -> Iterator[None]:
+    """Turn an outage into RefusedError: a command says so and ends, where the service would wait."""
+    try:
+        yield
+    except Exception as error:
+        if is_outage(error):
+            raise RefusedError(f"the database cannot be reached: {describe(error)}") from error
+        raise

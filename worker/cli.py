@@ -23,7 +23,6 @@ from worker import app as composition
 from worker import checks, config, observe
 from worker.errors import ConfigError, RefusedError, WorkerError
 from worker.status import Status, printable, read_status
-from worker.storage import schema
 from worker.storage.reads import Reads
 from worker.verify import Report
 from worker.verify import verify as verify_store
@@ -199,8 +198,7 @@ async def _checks(settings: config.Config) -> list[checks.Check]:
 
 
 async def _show_status(settings: config.Config, *, as_json: bool, watch: bool) -> None:
-    async with composition.open_database(settings) as engine:
-        await schema.require_current(engine)
+    async with composition.open_current_database(settings) as engine:
         reads = Reads(engine, is_patient=False)
         console = Console(highlight=False)
         if not watch:

@@ -5,17 +5,28 @@ Used by cli.py and app.py only; everybody else is handed values.
 
 import datetime as dt
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
 
 from worker.errors import ConfigError
 from worker.storage.engine import parse_url
 
 CREDENTIAL_NAME = "letta_api_key"
 """The name of the systemd credential that is used without being configured (LoadCredential=letta_api_key:...)."""
+PREFIX = "LETTA_INGEST_"
+MAX_PORT = 65535
 
 
 class _Section(BaseModel):
@@ -40,14 +51,27 @@ class Letta(_Section):
     @field_validator("base_url")
     @classmethod
     def _is_http_url(cls, value: str) -> str:
-        if not value.startswith(("http://", "https://")) or len(value.split("//", 1)[1]) == 0:
+        try:
+            parts = urlsplit(value)
+            is_address = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
+        except ValueError:
+            is_address = False
+        if not is_address or not value.isprintable() or " " in value:
             raise ValueError('write the server\'s address with its scheme, such as "https://letta.example.com"')
+        if parts.username is not None or parts.query or parts.fragment:
+            # An address is logged; a password in it would be too (I10).
+            raise ValueError("write the bare address, without user, password or query; the key belongs into api_key")
         return value.rstrip("/").removesuffix("/v1")
 
     @field_validator("api_key")
     @classmethod
     def _is_header_value(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not (text := value.get_secret_value()).isprintable() | (not text.isascii()):
+        if value is None:
+            return None
+        text = value.get_secret_value()
+        if not text.strip():
+            raise ValueError("is empty")
+        if not (text.isprintable() and text.isascii()):
             raise ValueError(
                 "holds characters that cannot stand in an HTTP header; is it the whole key and only the key?"
             )
@@ -149,7 +173,15 @@ class Discovery(_Section):
 class Service(_Section):
     """What the worker shows of itself."""
 
-    listen: str = Field("127.0.0.1:9464", pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")
+    listen: str = "127.0.0.1:9464"
+
+    @field_validator("listen")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        found = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):(\d{1,5})", value)
+        if found is None or int(found[2]) > MAX_PORT:
+            raise ValueError('write "address:port", such as "127.0.0.1:9464" or "[::1]:9464"')
+        return value
 
 
 class Log(_Section):
@@ -163,7 +195,7 @@ class Config(BaseSettings):
     """All settings. `load` reads them; the sections are documented in config.example.toml."""
 
     model_config = SettingsConfigDict(
-        env_prefix="LETTA_INGEST_", env_nested_delimiter="__", extra="forbid", frozen=True, hide_input_in_errors=True
+        env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, hide_input_in_errors=True
     )
 
     letta: Letta = Letta()
@@ -194,13 +226,31 @@ def load(path: Path | None) -> Config:
     class FromFile(Config):
         model_config = SettingsConfigDict(toml_file=path)
 
+    faults = [*_misspelt_variables()]
     try:
-        return FromFile(**_official_variables())
+        config = FromFile(**_official_variables())
     except ValidationError as error:
-        faults = "\n".join(f"  {_fault(fault)}" for fault in error.errors(include_input=False, include_url=False))
-        raise ConfigError(f"the configuration{f' in {path}' if path else ''} is wrong:\n{faults}") from None
-    except ValueError as error:  # not TOML
-        raise ConfigError(f"{path}: {error}") from None
+        faults += [_fault(fault) for fault in error.errors(include_input=False, include_url=False)]
+    except SettingsError as error:  # a variable that holds a list or a table and is no JSON
+        faults.append(f"{error}: lists in variables are JSON, such as {PREFIX}WATCH__AGENTS='[\"agent-...\"]'")
+    except ValueError as error:  # not TOML, not UTF-8
+        faults.append(f"is not TOML: {error}")
+    except OSError as error:
+        faults.append(f"cannot be read: {error.strerror}")
+    if faults:
+        lines = "\n".join(f"  {fault}" for fault in faults)
+        raise ConfigError(f"the configuration{f' in {path}' if path else ''} is wrong:\n{lines}")
+    return config
+
+
+def _misspelt_variables() -> Iterator[str]:
+    """A variable that is meant for us and names no section would be ignored, and its setting left at its default."""
+    sections = {name.upper() for name in Config.model_fields}
+    for name in sorted(os.environ):
+        section, separator, _ = name.upper().removeprefix(PREFIX).partition("__")
+        is_ours = name.upper().startswith(PREFIX) and (separator or section.split("_")[0] in sections)
+        if is_ours and section not in sections:
+            yield f"{name} (environment): there is no such setting; write {PREFIX}SECTION__KEY"
 
 
 def _official_variables() -> dict[str, Any]:

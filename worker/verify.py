@@ -14,7 +14,6 @@ from worker.core.messages import assemble, compare
 from worker.core.soundness import faults_of
 from worker.discovery import Watch
 from worker.letta.client import LettaClient
-from worker.storage import schema
 from worker.storage.audit import Audit, Dossier
 from worker.storage.reads import Reads
 from worker.storage.tables import UNFINISHED_STATES
@@ -56,8 +55,7 @@ class Report(msgspec.Struct):
 async def verify(config: Config, *, with_server: bool, progress: Callable[[int, int], None]) -> Report:
     """Check everything. `progress` is told how many runs of how many are done."""
     report = Report()
-    async with app.open_database(config) as engine:
-        await schema.require_current(engine)
+    async with app.open_current_database(config) as engine:
         audit = Audit(engine)
         total = await audit.run_count()
         async for dossier in audit.dossiers():

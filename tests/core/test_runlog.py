@@ -1,78 +1,17 @@
-"""RunLog quirk by quirk. The properties behind these examples are in test_runlog_model.py.
-
-A response is written as words: `3` a chunk and its number, `p3` a ping with a number, `p` one without, `s` stop_reason,
-`u` usage_statistics, `E7` the run's own error, `D` [DONE], `c` the stop_reason a cancelled reader makes up,
-`x` bytes that are no JSON, `f6` a chunk that names another run, `!` an error of the reader inside the server.
-What comes of it is written the same way: `~8` is a row whose number was derived.
-"""
+"""RunLog quirk by quirk, in the words of responses.py. The properties behind it are in test_runlog_model.py."""
 
 from __future__ import annotations
 
-import re
 import time
 
 import pytest
 
-from tests.core.server_model import HIDDEN, MADE_UP_STOP, OTHER_RUN, READER_ERROR, RUN
+from tests.core.responses import event, read, read_whole, rows, taken, words
+from tests.core.server_model import HIDDEN, RUN
 from worker.core import runlog
-from worker.core.chunks import Event, parse
-from worker.core.runlog import MAX_UNNUMBERED, Accepted, Gap, RunLog
+from worker.core.chunks import parse
+from worker.core.runlog import MAX_UNNUMBERED, Gap, RunLog
 from worker.core.sse import SseEvent
-
-FIXED = {
-    "s": SseEvent(HIDDEN[0].encode()),
-    "t": SseEvent(HIDDEN[2].encode()),
-    "u": SseEvent(HIDDEN[1].encode()),
-    "D": SseEvent(b"[DONE]"),
-    "c": MADE_UP_STOP,
-    "x": SseEvent(b"no JSON"),
-    "!": READER_ERROR,
-}
-TYPES = {"": "assistant_message", "p": "ping", "E": "error_message", "f": "assistant_message"}
-
-
-def event(word: str) -> Event:
-    """One word of a response."""
-    if word in FIXED:
-        return parse(FIXED[word])
-    kind, number = re.fullmatch(r"([pEf]?)(\d*)", word).groups()  # type: ignore[union-attr]
-    run_id = OTHER_RUN if kind == "f" else RUN
-    data = f'{{"message_type":"{TYPES[kind]}","seq_id":{number or "null"},"run_id":"{run_id}"}}'
-    return parse(SseEvent(data.encode(), "error" if kind == "E" else ""))
-
-
-def words(text: str) -> list[str]:
-    """`1-3 s` is `1 2 3 s`."""
-    return re.sub(r"\b(\d+)-(\d+)\b", lambda m: " ".join(map(str, range(int(m[1]), int(m[2]) + 1))), text).split()
-
-
-def read(log: RunLog, response: str, *, is_by_run: bool = True) -> str:
-    """Read a response as follower.py does: up to its end or until the log has seen enough. Returns the new rows."""
-    log.begin_read(is_by_run=is_by_run)
-    for word in words(response):
-        log.accept(event(word))
-        if log.is_finished or log.is_unproven or log.has_hole:
-            break
-    return rows(taken(log))
-
-
-def taken(log: RunLog) -> Accepted:
-    """What has become storable, which may be nothing."""
-    return log.take() or Accepted([], [], [], log.cursor, 0, False, False, False)  # noqa: FBT003
-
-
-def rows(lot: Accepted) -> str:
-    """The rows of a lot as words."""
-    return " ".join(f"{'~' if row.is_derived else ''}{row.seq_id}" for row in lot.rows)
-
-
-def read_whole(log: RunLog, response: str, *, is_by_run: bool = True) -> Accepted:
-    """Read a response and return the lot."""
-    log.begin_read(is_by_run=is_by_run)
-    for word in words(response):
-        log.accept(event(word))
-    return taken(log)
-
 
 # A run's log and its end
 
@@ -122,7 +61,7 @@ def test_an_error_of_the_reader_is_not_the_run_s() -> None:
     log = RunLog(RUN)
     assert read(log, "1-3 s !") == "1 2 3"
     assert not log.is_finished
-    assert read(log, "s u D") == "~4 ~5"
+    assert read(log, "s ! u D") == "~4 ~5"
 
 
 def test_a_live_cancel_is_not_the_end() -> None:
@@ -164,6 +103,11 @@ def test_pings_of_a_silent_resumed_stream_move_nothing() -> None:
 def test_a_ping_may_repeat_a_number_that_was_not_read(response: str) -> None:
     """After an entry that could not be read a ping's number proves nothing (I1, I9)."""
     assert read(RunLog(RUN), response) == "1 2 4"
+
+
+def test_a_ping_with_a_new_number_is_an_entry_wherever_it_stands() -> None:
+    """A ping is a keepalive for its number, not for its place (I9)."""
+    assert read(RunLog(RUN), "1 x 3 p4 p4 5 D") == "1 3 4 5"
 
 
 # What comes twice
@@ -221,6 +165,14 @@ def test_a_hole_is_recorded_after_a_second_response() -> None:
     assert (lot.cursor, lot.is_finished, lot.is_complete) == (12, True, False)
 
 
+def test_a_resumed_response_that_begins_too_late_is_asked_for_again() -> None:
+    """One response that skips the number after the cursor proves nothing yet (I2)."""
+    log = RunLog(RUN, cursor=5, stored_count=5)
+    assert read_whole(log, "9 10 D") == taken(RunLog(RUN, cursor=5))
+    assert log.has_hole
+    assert read(log, "6-10 s D") == "6 7 8 9 10 ~11"
+
+
 def test_a_hole_may_close_by_itself() -> None:
     """Chunks that were only late come with the second response, however many they are, and nothing is recorded (I2)."""
     log = RunLog(RUN)
@@ -229,6 +181,18 @@ def test_a_hole_may_close_by_itself() -> None:
     assert rows(lot) == "6 7 8 9 10 11 12 ~13 ~14"
     assert lot.is_complete
     assert not lot.gaps
+
+
+def test_a_marker_before_the_hole_is_closed_is_not_the_end() -> None:
+    """While chunks are held behind missing numbers, `[DONE]` finishes nothing before a second response (I5)."""
+    log = RunLog(RUN)
+    assert read(log, "1 5") == "1"
+    assert read(log, "2 s D") == "2"
+    assert log.has_hole
+    assert not log.is_finished
+    lot = read_whole(log, "D")
+    assert (rows(lot), list(lot.gaps)) == ("5", [Gap(3, 4, "not served")])
+    assert (lot.is_finished, lot.is_complete) == (True, False)
 
 
 def test_a_log_longer_than_ten_thousand() -> None:
@@ -308,14 +272,29 @@ def test_an_entry_of_another_run_is_no_row() -> None:
     assert not lot.is_complete
 
 
+def test_an_event_for_which_there_is_no_number_is_kept() -> None:
+    """Between two neighbours there is no entry: the bytes are kept, and nothing is missing (I1, I6)."""
+    lot = read_whole(RunLog(RUN), "1 s 2 D")
+    assert rows(lot) == "1 2"
+    assert [reject.raw for reject in lot.rejects] == [HIDDEN[0].encode()]
+    assert lot.is_complete
+
+
+def test_unnumbered_entries_behind_a_repetition_that_breaks_off_get_no_number() -> None:
+    """After numbers that went back nobody can say what stands before the end; the run is not complete (I1, I5, I6)."""
+    lot = read_whole(RunLog(RUN), "1-5 3 s D")
+    assert rows(lot) == "1 2 3 4 5"
+    assert (list(lot.gaps), len(lot.rejects), lot.is_complete) == ([Gap(6, None, "rejected")], 1, False)
+
+
 # Whose events these are
 
 
-@pytest.mark.parametrize("response", ["f6", "s u D", "p u D", "x D", "s f6", "! s D"])
+@pytest.mark.parametrize("response", ["f6", "s u D", "x D", "s f6", "! s D"])
 def test_a_response_that_may_be_another_run_s_changes_nothing(response: str) -> None:
     """A server may ignore the run_id asked for: what does not name this run is asked for again, by run (I1, I5)."""
     log = RunLog(RUN, cursor=5, stored_count=5)
-    read_whole(log, response.replace("p u", "u"), is_by_run=False)
+    read_whole(log, response, is_by_run=False)
     assert log.is_unproven
     assert log.take() is None
     assert log.cursor == 5
@@ -377,6 +356,16 @@ def test_large_events_without_a_number_are_bounded_by_their_size(monkeypatch: py
     lot = read_whole(log, "1 s s s 5 D")
     assert len(lot.rejects) == 2
     assert not lot.is_complete
+
+
+def test_after_too_many_events_without_a_number_a_number_counts_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next numbered chunk is a place to count from again; what stands before it gets no number (I1, I6)."""
+    monkeypatch.setattr(runlog, "MAX_UNNUMBERED", 2)
+    lot = read_whole(RunLog(RUN), "1 s t u 2 s D")
+    assert rows(lot) == "1 2 ~3"
+    assert [reject.after_seq_id for reject in lot.rejects] == [1, 1, 1]
+    log = RunLog(RUN)
+    assert [read(log, "1 s t u s 3 D"), read(log, "s t u s 3 D")] == ["1", "3"]
 
 
 def test_a_flood_that_may_be_another_run_s_is_not_even_rejected() -> None:

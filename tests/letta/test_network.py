@@ -104,7 +104,7 @@ async def test_no_proxy_is_respected(
     assert relay.heads == []
 
 
-@pytest.mark.filterwarnings("ignore:BasicAuth is deprecated")  # httpx-aiohttp 0.2 on aiohttp 3.14
+@pytest.mark.filterwarnings("ignore:BasicAuth is deprecated", "ignore:The 'proxy_auth' parameter")  # by httpx-aiohttp
 async def test_proxy_credentials_are_not_shown(
     letta: FakeLetta, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import sqlalchemy as sa
@@ -52,15 +52,40 @@ def one_workers_lots(draw: st.DrawFn, run_id: str, last: int, missed: int | None
     return [*writes, RunWrite(run_id, AT, record=record, is_settled=True)]
 
 
-def interleaved(draw: st.DrawFn, scripts: list[list[RunWrite]]) -> list[RunWrite]:
-    """The scripts in one another, each in its own order."""
-    rest = [list(script) for script in scripts if script]
-    mixed = []
+class Case(NamedTuple):
+    """A run of `last` chunks, what each worker never saw of it, and what is written, transaction by transaction."""
+
+    last: int
+    missed: tuple[int | None, ...]
+    transactions: list[list[RunWrite]]
+
+
+@st.composite
+def one_worker(draw: st.DrawFn) -> Case:
+    """One worker's writes in transactions of any size."""
+    last = draw(st.integers(2, 12))
+    missed = draw(st.none() | st.integers(1, last - 1))
+    queue = draw(one_workers_lots("run", last, missed))
+    transactions = []
+    while queue:
+        size = draw(st.integers(1, len(queue)))
+        transactions.append(queue[:size])
+        del queue[:size]
+    return Case(last, (missed,), transactions)
+
+
+@st.composite
+def two_workers(draw: st.DrawFn) -> Case:
+    """Two workers' writes in one another, each in its own order."""
+    last = draw(st.integers(2, 12))
+    missed = draw(st.tuples(*[st.none() | st.integers(1, last - 1)] * 2))
+    rest = [draw(one_workers_lots("run", last, each)) for each in missed]
+    transactions = []
     while rest:
         script = draw(st.sampled_from(rest))
-        mixed.append(script.pop(0))
+        transactions.append([script.pop(0)])
         rest = [each for each in rest if each]
-    return mixed
+    return Case(last, missed, transactions)
 
 
 number = 0
@@ -85,26 +110,21 @@ async def picture(store: Store, run_id: str) -> tuple[Any, ...]:
     )
 
 
-@given(data=st.data())
+@given(case=one_worker())
 @QUICKLY
-async def test_how_writes_are_grouped_changes_nothing(store: Store, data: st.DataObject) -> None:
+async def test_how_writes_are_grouped_changes_nothing(store: Store, case: Case) -> None:
     """I3: A run's writes in one transaction, or in one each, or in any lots, come to the same."""
-    last = data.draw(st.integers(1, 12))
-    missed = data.draw(st.none() | st.integers(1, last - 1)) if last > 1 else None
-    ids = [fresh_run() for _ in range(3)]
-    script = data.draw(one_workers_lots(ids[0], last, missed))
+    together, each, some = ids = [fresh_run() for _ in range(3)]
     await store.write(known(*ids))
-    await store.write(*script)
+    script = [write for transaction in case.transactions for write in transaction]
+    await store.write(*(_of(together, write) for write in script))
     for write in script:
-        await store.write(_of(ids[1], write))
-    queue = [_of(ids[2], write) for write in script]
-    while queue:
-        size = data.draw(st.integers(1, len(queue)))
-        await store.write(*queue[:size])
-        del queue[:size]
-    one, each, some = [await picture(store, run_id) for run_id in ids]
-    assert one == each == some
-    assert one[0][0] == ("complete" if missed is None else "incomplete")
+        await store.write(_of(each, write))
+    for transaction in case.transactions:
+        await store.write(*(_of(some, write) for write in transaction))
+    pictures = [await picture(store, run_id) for run_id in ids]
+    assert pictures[0] == pictures[1] == pictures[2]
+    assert pictures[0][0][0] == ("complete" if case.missed == (None,) else "incomplete")
 
 
 def _of(run_id: str, write: RunWrite) -> RunWrite:
@@ -112,22 +132,19 @@ def _of(run_id: str, write: RunWrite) -> RunWrite:
     return RunWrite(**{**fields, "run_id": run_id})
 
 
-@given(data=st.data())
+@given(case=two_workers())
 @QUICKLY
-async def test_two_workers_in_any_order_come_to_the_same(store: Store, data: st.DataObject) -> None:
+async def test_two_workers_in_any_order_come_to_the_same(store: Store, case: Case) -> None:
     """I4, I5: However the lots of two workers fall into one another, all rows are there, and the run is complete."""
-    last = data.draw(st.integers(2, 12))
     run_id = fresh_run()
-    places = st.none() | st.integers(1, last - 1)
-    missed = data.draw(st.tuples(places, places))
-    scripts = [data.draw(one_workers_lots(run_id, last, each)) for each in missed]
     await store.write(known(run_id))
-    for write in interleaved(data.draw, scripts):
-        await store.write(write)
+    for transaction in case.transactions:
+        await store.write(*(_of(run_id, write) for write in transaction))
     run, chunks, gaps, _ = await picture(store, run_id)
-    lost = {missed[0]} if missed[0] == missed[1] and missed[0] is not None else set()
-    assert sorted(chunks) == [n for n in range(1, last + 1) if n not in lost]
-    assert run[:4] == ("incomplete" if lost else "complete", "completed", last, last - len(lost))
+    one, other = case.missed
+    lost = {one} if one is not None and one == other else set()
+    assert sorted(chunks) == [n for n in range(1, case.last + 1) if n not in lost]
+    assert run[:4] == ("incomplete" if lost else "complete", "completed", case.last, case.last - len(lost))
     assert {first for first, *_, is_open in gaps if is_open} == lost
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import os
 import signal
@@ -53,23 +52,29 @@ class Shell:
     key: str = SECRET
     listen: str = "127.0.0.1:0"
     lives: list[Life] = field(default_factory=list)
-    _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
-    def start(self, *words: str, config: str | None = None, environ: dict[str, str] | None = None) -> Life:
+    def start(
+        self,
+        *words: str,
+        config: str | None = None,
+        environ: dict[str, str] | None = None,
+        is_configured: bool = True,
+    ) -> Life:
         """Start a command; words that name the configuration are added."""
         path = self.folder / "config.toml"
         settings = {"url": self.letta.url, "key": self.key, "database_url": self.database_url, "listen": self.listen}
         path.write_text(CONFIG.format(**settings) if config is None else config)
-        number = next(self._numbers)
+        more = ["--config", str(path)] if is_configured else []
+        number = len(self.lives) + 1
         out, err = self.folder / f"{number}.out", self.folder / f"{number}.err"
         out.touch()
         err.touch()
-        self.lives.append(Life([*words, "--config", str(path)], err, stdout=out, environ=environ))
+        self.lives.append(Life([*words, *more], err, stdout=out, environ=environ))
         return self.lives[-1]
 
-    async def do(self, *words: str, config: str | None = None, environ: dict[str, str] | None = None) -> Done:
-        """Run a command to its end."""
-        code = await self.start(*words, config=config, environ=environ).wait(30)
+    async def do(self, *words: str, **how: Any) -> Done:
+        """Run a command, as `start` does, to its end."""
+        code = await self.start(*words, **how).wait(30)
         number = len(self.lives)
         return Done(code, (self.folder / f"{number}.out").read_text(), (self.folder / f"{number}.err").read_text())
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from worker.core.chunks import Chunk, Done, Event, Ping, ServerError, Unparsable
+from worker.core.chunks import Chunk, Done, Event, Ping, Unparsable
 
 MAX_UNNUMBERED = 1000
 """So many unnumbered events in a row are kept waiting for their number; a healthy run has two (I8)."""
@@ -76,7 +76,7 @@ class RunLog:
         self._stored_count = stored_count
         self._is_complete = False
         self._open_gaps = {(g.first_seq_id, g.last_seq_id or g.first_seq_id): set[int]() for g in gaps}
-        self._last_seq_id: int | None = None
+        self._is_end_seen = False
         self._held: dict[int, _Place] = {}
         self.begin_read(is_by_run=False)
         self._start_lot()
@@ -120,10 +120,7 @@ class RunLog:
             self._accept_end()
         elif isinstance(event, Unparsable):
             self._await_number(event)
-        else:
-            # The reader inside the server gave up; what had no number yet is not proven by that.
-            assert isinstance(event, ServerError)  # noqa: S101 - narrows the union for the type checker
-            self._tail.clear()
+        # What is left, a ServerError, is the reader's own and holds no place in the log.
 
     def give_up(self, cause: str) -> None:
         """The server serves nothing more: what is missing becomes a gap, up to the run's unknown end."""
@@ -193,16 +190,15 @@ class RunLog:
         self._anchor = seq_id
         self._holds_unknown = False
         self._is_tail_broken = False
-        if chunk.ends_run:
-            self._last_seq_id = seq_id
+        self._is_end_seen = self._is_end_seen or chunk.ends_run
         if seq_id == self.cursor + 1 and not self._held:
             self._store(Row(seq_id, chunk))
         else:
             self._hold(seq_id, Row(seq_id, chunk))
-            if self._confirms_hole and seq_id > self.cursor + 1:
+            if self._confirms_hole:
                 self._record_gaps_before(seq_id)
             self._release_held()
-        self._finish_if_last()
+        self._finish_if_whole()
         self.has_hole = seq_id > self.cursor
 
     def _await_number(self, event: Chunk | Unparsable) -> None:
@@ -237,8 +233,8 @@ class RunLog:
         elif self._tail or self._is_tail_broken:
             self._reject_tail("stands before the end, but its number cannot be proven")
             self._open_gap(Gap(self.cursor + 1, None, "rejected"))
-        self._last_seq_id = self.cursor
-        self._finish_if_last()
+        self._is_end_seen = True
+        self._finish_if_whole()
 
     # Numbers
 
@@ -315,8 +311,8 @@ class RunLog:
             self._rejects.append(Reject(self._anchor, raw, why))
         self._tail.clear()
 
-    def _finish_if_last(self) -> None:
-        if self._last_seq_id is None or self.cursor < self._last_seq_id or self._held:
+    def _finish_if_whole(self) -> None:
+        if not self._is_end_seen or self._held:
             return
         self.is_finished = True
         self._is_complete = all(len(filled) == last - first + 1 for (first, last), filled in self._open_gaps.items())

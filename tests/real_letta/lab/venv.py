@@ -55,7 +55,7 @@ def _server_python() -> str:
 
 
 def _install(python: str, venv: Path, log: Path, say: Callable[[str], None]) -> None:
-    total = sum("==" in line for line in REQUIREMENTS.read_text().splitlines())
+    total = sum("==" in line and ";" not in line for line in REQUIREMENTS.read_text().splitlines())
     say(f"installing letta 0.16.8 and what it runs on ({total} packages, about 900 MB) into {venv}; once, some minutes")
     log.unlink(missing_ok=True)
     shutil.rmtree(venv, ignore_errors=True)
