@@ -158,7 +158,7 @@ def test_nothing_is_watched(written: Callable[..., Path]) -> None:
 
 def test_no_file(tmp_path: Path) -> None:
     """A file that is not there is a fault; no file at all is none, the environment may say everything."""
-    with pytest.raises(ConfigError, match="there is no such file; start from config.example.toml"):
+    with pytest.raises(ConfigError, match=r"there is no such file; start from config\.example\.toml"):
         load(tmp_path / "config.toml")
 
 

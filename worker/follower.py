@@ -184,6 +184,7 @@ class Follower:
             self._quiet_count += 1
             if self._quiet_count == 1:
                 self._quiet_since = time.monotonic()
+                self._is_by_run = True  # a server that ignores run_id may have been waiting for another run
             elif time.monotonic() - self._quiet_since >= self._grace():
                 return Outcome.QUIET
         if outcome is Outcome.QUIET:
@@ -213,14 +214,14 @@ class Follower:
                     self._runlog.accept(event)
                     if not isinstance(event, Ping):
                         self._chunk_at = time.monotonic()
-                    if self._runlog.is_finished or self._runlog.is_unproven or self._runlog.has_hole:
+                    if self._runlog.is_finished or self._runlog.is_unproven or self._runlog.wants_reread:
                         break
                 await self._hand_over()
                 if self._runlog.is_finished:
                     return Outcome.FINISHED
                 if self._runlog.is_unproven:
                     return Outcome.UNPROVEN
-                if self._runlog.has_hole:
+                if self._runlog.wants_reread:
                     return Outcome.HOLE
         return Outcome.CUT
 

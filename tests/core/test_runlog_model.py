@@ -75,7 +75,7 @@ class Client:
         self.log.begin_read(is_by_run=self.is_by_run)
         for place, event in enumerate(self.server.read(self.log.cursor, trouble, is_by_run=self.is_by_run), start=1):
             self.accept(event)
-            is_over = self.log.is_finished or self.log.is_unproven or self.log.has_hole
+            is_over = self.log.is_finished or self.log.is_unproven or self.log.wants_reread
             if is_over or place % batch == 0:
                 self.take(commits=commits)
             if is_over:

@@ -124,11 +124,11 @@ def test_a_line_without_end_takes_neither_memory_nor_time(limit: int) -> None:
     decoder = SseDecoder(limit)
     refused, seconds = [], []
     for _ in range(4):
-        started = time.perf_counter()
+        started = time.process_time()
         for _ in range(64):
             refused += decoder.feed(piece)
             assert len(decoder._buffer) <= limit + len(piece)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     assert len(refused) == 1
     assert len(refused[0].data) <= 4096
     assert seconds[-1] < 10 * seconds[0] + 0.1
@@ -147,18 +147,18 @@ def test_ten_megabytes_under_the_limit_pass_in_linear_time() -> None:
     data = b"x" * (10 << 20)
     decoder = SseDecoder(32 << 20)
     received = b"data: " + data + b"\n\n"
-    started = time.perf_counter()
+    started = time.process_time()
     events = [e for at in range(0, len(received), 4096) for e in decoder.feed(received[at : at + 4096])]
     assert events == [SseEvent(data)]
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_a_hundred_thousand_events_in_one_piece() -> None:
     """One read from the socket may complete any number of events; it gives all of them, in order."""
-    started = time.perf_counter()
+    started = time.process_time()
     events = SseDecoder(PLENTY).feed(b"".join(b"data: %d\n\n" % n for n in range(100_000)))
     assert [int(event.data) for event in events] == list(range(100_000))
-    assert time.perf_counter() - started < 3
+    assert time.process_time() - started < 3
 
 
 def test_the_name_of_an_event_and_several_data_lines() -> None:

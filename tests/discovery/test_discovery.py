@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 NOW = datetime.now(UTC)
 
 
-def made(letta: FakeLetta, count: int, conversation_id: str | None = None, *, before: float = 0, apart: float = 1) -> list[FakeRun]:
+def made(
+    letta: FakeLetta, count: int, conversation_id: str | None = None, *, before: float = 0, apart: float = 1
+) -> list[FakeRun]:
     """Runs of one conversation that are over, so many seconds apart, the last so many seconds ago; newest last."""
     runs = []
     for number in reversed(range(count)):
@@ -66,7 +68,7 @@ async def test_past_runs_are_found(rig_on_both: Rig, letta: FakeLetta) -> None:
 
 
 async def test_runs_while_the_worker_was_down(letta: FakeLetta, database_url: str) -> None:
-    """Runs that began and ended while the worker was down are found by its next start, and the past is not listed again."""
+    """Runs that began and ended while the worker was down are found by its next start; the past is not listed again."""
     made(letta, 300, before=1000, apart=10)
     async with working(letta, database_url) as rig:
         assert len(await rig.sweep()) == 300
@@ -164,9 +166,9 @@ def scene(letta: FakeLetta) -> dict[str, FakeRun]:
     ],
 )
 async def test_scopes(
-    rig: Rig, letta: FakeLetta, conversations: list[str], agents: list[str], is_all: bool, wanted: set[str]
+    rig: Rig, letta: FakeLetta, *, conversations: list[str], agents: list[str], is_all: bool, wanted: set[str]
 ) -> None:
-    """All scopes, conversations, agents and agent-direct, are served by one listing and no more than they are stored."""
+    """All scopes, conversations, agents and agent-direct, are served by one listing, and nothing else is stored."""
     runs = scene(letta)
     names = [runs[name].conversation_id or runs[name].agent_id for name in conversations]
     watch = watch_of(is_all=is_all, conversations=names, agents=[runs[name].agent_id for name in agents])
@@ -243,8 +245,8 @@ async def test_start(letta: FakeLetta, sqlite_url: str, start: str) -> None:
 
 @pytest.mark.parametrize("restarts", [False, True])
 @pytest.mark.parametrize("status", [500, 429, 400])
-async def test_sweep_fails_in_the_middle(letta: FakeLetta, sqlite_url: str, status: int, restarts: bool) -> None:
-    """A listing that fails half way loses nothing: the rest is found by the next, and what was stored is not forgotten."""
+async def test_sweep_fails_in_the_middle(letta: FakeLetta, sqlite_url: str, *, status: int, restarts: bool) -> None:
+    """A listing that fails half way loses nothing: the next finds the rest, and what was stored is not forgotten."""
     runs = made(letta, 250)
     fault = OnLaterPage(status, on="runs")
     letta.faults.append(fault)

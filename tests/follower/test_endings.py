@@ -45,8 +45,8 @@ async def test_completed(rig_on_both: Rig, letta: FakeLetta) -> None:
 
 
 @pytest.mark.parametrize("pings", [True, False])
-async def test_completed_while_followed(rig: Rig, letta: FakeLetta, pings: bool) -> None:
-    """A live run is stored as it goes, whether its log begins with a ping or not, and once it ends it is complete (I9)."""
+async def test_completed_while_followed(rig: Rig, letta: FakeLetta, *, pings: bool) -> None:
+    """A live run is stored as it goes, whether its log begins with a ping or not, and is complete at its end (I9)."""
     run = letta.new_run(letta.new_conversation(), pings=pings)
     async with rig.following(run):
         for number in range(20):
@@ -206,7 +206,7 @@ async def test_vanished_before_it_was_read(rig_on_both: Rig, letta: FakeLetta) -
 
 
 async def test_no_bytes_at_all(rig: Rig, letta: FakeLetta) -> None:
-    """A request that is never answered, not even by a status line, is given up, and the run with it, in bounded time."""
+    """A request that is never answered, not even by a status line, is given up, and the run with it, in time."""
     run = talking(letta)
     run.complete()
     fault = Hang(on="stream", times=None)

@@ -1,4 +1,4 @@
-"""Runs without a stream: expired, deleted, or never streamed; what REST has of them is kept, and what is missing said."""
+"""Runs without a stream: expired, deleted, or never streamed; what REST has is kept, and what is missing said."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def test_expired_half_read(letta: FakeLetta, sqlite_url: str) -> None:
 
 
 async def test_failed_and_expired(rig: Rig, letta: FakeLetta) -> None:
-    """A failed run stores no messages; expired before it was read, nothing of it is available, and that is said (I5)."""
+    """A failed run stores no messages; expired unread, nothing of it is available, and that is said (I5)."""
     run = old_run(letta)
     run.fail("gone")
 
@@ -164,7 +164,7 @@ async def test_deleted_without_a_stream(rig: Rig, letta: FakeLetta) -> None:
 
 
 async def test_messages_are_not_given(rig: Rig, letta: FakeLetta) -> None:
-    """A server that fails for good on a run's messages does not hold the run open; the row says what is missing (I5)."""
+    """Messages the server never gives do not hold the run open; its row says what is missing (I5)."""
     run = letta.new_run(letta.new_conversation())
     run.say("one ")
     run.complete()

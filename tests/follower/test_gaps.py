@@ -6,8 +6,6 @@ import asyncio
 import dataclasses
 from typing import TYPE_CHECKING
 
-import pytest
-
 from tests.support.rig import until, working
 from worker.demo.fake_faults import Answer, Drip, Hang
 
@@ -39,7 +37,7 @@ def without(run: FakeRun, *seq_ids: int) -> list[tuple[int, str]]:
 
 
 async def test_trimmed_run_read_late(rig: Rig, letta: FakeLetta) -> None:
-    """Of a 13,000-chunk run read late, what Redis trimmed is one gap, in the transaction of the rows behind (I2, I3)."""
+    """Of a 13,000-chunk run read late, what was trimmed is one gap, committed with the rows behind (I2, I3)."""
     run = talking(letta, 13_000)
     run.complete()
     first = run.log[0].seq_id
@@ -135,7 +133,6 @@ async def test_batch_repeated(rig: Rig, letta: FakeLetta) -> None:
     assert rig.metrics.duplicates._value.get() >= 10
 
 
-@pytest.mark.xfail(reason="RunLog rejects the end instead of having it asked for again, where its number is certain")
 async def test_batch_repeated_at_the_end(rig: Rig, letta: FakeLetta) -> None:
     """A batch written twice just before the unnumbered end costs nothing: asked again, the server skips it (I2)."""
     run = talking(letta, 10)

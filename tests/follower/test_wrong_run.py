@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.rig import working
 from worker.demo.fake_faults import OtherRun
 
 if TYPE_CHECKING:
@@ -24,8 +25,7 @@ def finished(letta: FakeLetta, conversation_id: str | None, word: str = "mine") 
     return run
 
 
-@pytest.mark.parametrize("include_pings", [True, False])
-async def test_another_run_is_active(rig: Rig, letta: FakeLetta, include_pings: bool) -> None:
+async def test_another_run_is_active(rig: Rig, letta: FakeLetta) -> None:
     """Where the newest active run is another one, the run's own endpoint is asked instead (I1)."""
     letta.honours_run_id = False
     conversation = letta.new_conversation()
@@ -41,6 +41,22 @@ async def test_another_run_is_active(rig: Rig, letta: FakeLetta, include_pings: 
     assert rig.log.of("run.address_changed")
 
 
+@pytest.mark.parametrize("include_pings", [True, False])
+async def test_another_run_is_active_and_silent(letta: FakeLetta, sqlite_url: str, *, include_pings: bool) -> None:
+    """Another run's silence, in which not even a ping gives it away, is not taken for the end of ours (I5)."""
+    letta.honours_run_id = False
+    conversation = letta.new_conversation()
+    run = finished(letta, conversation)
+    orphan = letta.new_run(conversation, pings=False)
+
+    async with working(letta, sqlite_url, include_pings=include_pings) as rig:
+        await rig.follow(run)
+
+        await rig.assert_complete(run)
+        assert orphan.status == "running"
+        assert [request.path.split("/")[2] for request in rig.asked("stream", run)] == ["conversations", "runs"]
+
+
 async def test_no_run_is_active(rig_on_both: Rig, letta: FakeLetta) -> None:
     """`No active runs found` from a server that ignores run_id says nothing of this run (I5)."""
     letta.honours_run_id = False
@@ -52,7 +68,7 @@ async def test_no_run_is_active(rig_on_both: Rig, letta: FakeLetta) -> None:
 
 
 async def test_unnumbered_tail_of_another_run(rig: Rig, letta: FakeLetta) -> None:
-    """Events that name no run are not believed, even if they are all there is: the wrong run's end ends nothing (I5)."""
+    """Events that name no run are not believed: the end of the wrong run ends nothing (I5)."""
     conversation = letta.new_conversation()
     run, other = letta.new_run(conversation), finished(letta, conversation, "theirs")
     fault = OtherRun(other, on="stream", times=1)

@@ -37,7 +37,9 @@ def opened(letta: FakeLetta) -> Callable[..., contextlib.AbstractAsyncContextMan
 
 
 @pytest.fixture
-async def client(opened: Callable[..., contextlib.AbstractAsyncContextManager[LettaClient]]) -> AsyncIterator[LettaClient]:
+async def client(
+    opened: Callable[..., contextlib.AbstractAsyncContextManager[LettaClient]],
+) -> AsyncIterator[LettaClient]:
     """The client with its default settings."""
     async with opened() as made:
         yield made

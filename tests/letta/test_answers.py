@@ -70,6 +70,7 @@ TABLE = [
 async def test_status_codes(
     letta: FakeLetta,
     client: LettaClient,
+    *,
     status: int,
     detail: str,
     by_run: type[WorkerError],
@@ -110,16 +111,17 @@ def at(seconds: float) -> str:
         ("7", 7, 7),
         ("0.5", 0.5, 0.5),
         ("-3", 0, 0),
-        (at(30), 20, 30),
-        (at(-30), 0, 0),
+        (30, 20, 30),
+        (-30, 0, 0),
         ("86400", 3600, 3600),
         ("inf", 3600, 3600),
-        (at(10**7), 3600, 3600),
+        (10**7, 3600, 3600),
     ],
 )
-async def test_retry_after(letta: FakeLetta, client: LettaClient, header: str, least: float, most: float) -> None:
+async def test_retry_after(letta: FakeLetta, client: LettaClient, header: str | int, least: float, most: float) -> None:
     """The server's own delay is read, as seconds or as a date, and an hour is the most."""
-    letta.faults.append(Answer(429, headers={"retry-after": header}, on="runs"))
+    value = header if isinstance(header, str) else at(header)
+    letta.faults.append(Answer(429, headers={"retry-after": value}, on="runs"))
 
     with pytest.raises(RateLimitedError) as raised:
         await anext(aiter(client.newest_runs()))
@@ -284,7 +286,7 @@ RAW_ANSWERS = {
 @pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize("name", RAW_ANSWERS)
 async def test_broken_http(
-    opened: Callable[..., AbstractAsyncContextManager[LettaClient]], name: str, resets: bool
+    opened: Callable[..., AbstractAsyncContextManager[LettaClient]], *, name: str, resets: bool
 ) -> None:
     """Whatever comes over the wire, the worker hears of trouble and of nothing else, and its key is not in it (I10)."""
     async with (

@@ -39,7 +39,7 @@ def port_of(letta: FakeLetta) -> int:
 async def test_unknown_certificate_is_refused(letta: FakeLetta, opened: Opened, tls: ssl.SSLContext) -> None:
     """A server whose certificate nobody vouches for never sees a request, and so no key (I10)."""
     async with relaying(port_of(letta), tls) as relay, opened(base_url=f"https://127.0.0.1:{relay.port}") as client:
-        with pytest.raises(TroubleError, match="CERTIFICATE_VERIFY_FAILED|certificate"):
+        with pytest.raises(TroubleError, match=r"CERTIFICATE_VERIFY_FAILED|certificate"):
             await client.server_version()
 
     assert relay.heads == []

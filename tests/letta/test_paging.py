@@ -43,7 +43,7 @@ async def walked(client: LettaClient, limit: int) -> list[str]:
     late=st.lists(st.tuples(st.integers(0, 5), st.integers(-1, 8)), max_size=4),
 )
 def test_walks(ways: list[Paging], minutes: list[int], limit: int, late: list[tuple[int, int]]) -> None:
-    """A walk brings every run there was, once, in order: ties, exact multiples and runs that come meanwhile included."""
+    """A walk brings every run there was, once, in order, with ties, exact multiples and runs that come meanwhile."""
 
     async def check() -> None:
         async with FakeLetta(seed=1) as letta, opened(letta) as client:

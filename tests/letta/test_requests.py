@@ -1,4 +1,4 @@
-"""What the client sends: always a JSON object, ids that cannot leave their place in a path, and the key to nobody else."""
+"""What the client sends: always a JSON object, ids that stay in their place in a path, and the key to nobody else."""
 
 from __future__ import annotations
 
@@ -27,7 +27,25 @@ RUN = "run-00000000-0000-4000-8000-000000000000"
 AGENT = "agent-00000000-0000-4000-8000-000000000000"
 CONVERSATION = "conv-00000000-0000-4000-8000-000000000000"
 
-TRICKS = ["../x", "..", ".", "...", "%2f", "%2e%2e", "a?b=c", "a#b", "a/b", "//host/x", "a b", "a\r\nx: y", "é", "\ud83d", "{x}", "a;b", "@"]
+TRICKS = [
+    "../x",
+    "..",
+    ".",
+    "...",
+    "%2f",
+    "%2e%2e",
+    "a?b=c",
+    "a#b",
+    "a/b",
+    "//host/x",
+    "a b",
+    "a\r\nx: y",
+    "é",
+    "\ud83d",
+    "{x}",
+    "a;b",
+    "@",
+]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +60,7 @@ TRICKS = ["../x", "..", ".", "...", "%2f", "%2e%2e", "a?b=c", "a#b", "a/b", "//h
 )
 @pytest.mark.parametrize("cursor", [0, 7])
 async def test_body(
-    letta: FakeLetta, opened: Opened, address: Address, path: str, named: dict[str, str], cursor: int
+    letta: FakeLetta, opened: Opened, *, address: Address, path: str, named: dict[str, str], cursor: int
 ) -> None:
     """Every form of id is asked for with every parameter, in a body that is always an object, cursor 0 included."""
     letta.faults.append(Answer(200, b"data: [DONE]\n\n", content_type="text/event-stream", times=2))
@@ -74,8 +92,15 @@ def test_address_of_a_run() -> None:
 @pytest.mark.parametrize("trick", TRICKS)
 async def test_ids_stay_in_their_place(letta: FakeLetta, opened: Opened, trick: str) -> None:
     """An id is one segment of the path, whatever is in it: it reaches no other endpoint and adds no header."""
-    async with relaying(int(letta.url.rpartition(":")[2])) as relay, opened(base_url=f"http://127.0.0.1:{relay.port}") as client:
-        for call in (client.retrieve_run(trick), events_of(client, Address(trick)), events_of(client, Address(RUN, trick))):
+    async with (
+        relaying(int(letta.url.rpartition(":")[2])) as relay,
+        opened(base_url=f"http://127.0.0.1:{relay.port}") as client,
+    ):
+        for call in (
+            client.retrieve_run(trick),
+            events_of(client, Address(trick)),
+            events_of(client, Address(RUN, trick)),
+        ):
             with pytest.raises(WorkerError):
                 await call
 
@@ -166,7 +191,10 @@ async def test_silent_server(opened: Opened) -> None:
     """A connection that says nothing at all is left after the read timeout; without pings it may be silent."""
     async with answering(b"") as port:
         url = f"http://127.0.0.1:{port}"
-        async with opened(base_url=url, read_timeout=0.1) as client, opened(base_url=url, include_pings=False) as patient:
+        async with (
+            opened(base_url=url, read_timeout=0.1) as client,
+            opened(base_url=url, include_pings=False) as patient,
+        ):
             assert client._http.timeout.read == 0.1
             assert patient._http.timeout.read is None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import sqlalchemy as sa
 
@@ -75,7 +75,7 @@ class Store:
         self.engine = create_engine(url)
         self.dialect: Dialect = SqliteDialect() if is_sqlite(self.engine) else PostgresDialect()
 
-    async def __aenter__(self) -> Store:
+    async def __aenter__(self) -> Self:
         await schema.upgrade(self.engine)
         return self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 import sqlalchemy as sa
@@ -158,10 +158,14 @@ async def test_a_backend_that_dies_in_its_commit(postgresql_store: Store, log: R
 # A sequence counts what is rolled back, too.
 DIE_IN_COMMIT = (
     "CREATE SEQUENCE deaths",
-    "CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-    " IF nextval('deaths') < 2 THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF; RETURN NULL; END $$",
-    "CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON chunks DEFERRABLE INITIALLY DEFERRED"
-    " FOR EACH ROW EXECUTE FUNCTION die()",
+    (
+        "CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " IF nextval('deaths') < 2 THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF; RETURN NULL; END $$"
+    ),
+    (
+        "CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON chunks DEFERRABLE INITIALLY DEFERRED"
+        " FOR EACH ROW EXECUTE FUNCTION die()"
+    ),
 )
 
 
@@ -173,7 +177,7 @@ class _CuttingProxy:
         self.cuts = 0
         self.port = 0
 
-    async def __aenter__(self) -> _CuttingProxy:
+    async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
@@ -202,6 +206,7 @@ class _CuttingProxy:
         while data := await reader.read(65536):
             writer.write(data)
             await writer.drain()
+        writer.close()
 
 
 async def test_an_answer_to_a_commit_that_is_lost(postgresql_store: Store, log: RecordingLog) -> None:

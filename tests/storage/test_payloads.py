@@ -65,7 +65,9 @@ number = 0
 
 @given(
     texts=st.lists(
-        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=200), min_size=1, max_size=20
+        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=200),
+        min_size=1,
+        max_size=20,
     )
 )
 @settings(

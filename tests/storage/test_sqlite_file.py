@@ -6,7 +6,7 @@ import os
 import sqlite3
 import stat
 import threading
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -16,9 +16,6 @@ from worker.errors import RefusedError
 from worker.storage import schema
 from worker.storage.engine import create_engine
 from worker.storage.writes import RunWrite
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def _path(store: Store) -> str:
@@ -31,7 +28,7 @@ async def test_nobody_else_may_read_the_files(sqlite_url: str) -> None:
     try:
         async with Store(sqlite_url) as store:
             await store.write(known("run-1"), lot("run-1", 1, 3))
-            modes = {end: stat.S_IMODE(os.stat(_path(store) + end).st_mode) for end in ("", "-wal", "-shm")}
+            modes = {end: stat.S_IMODE(Path(_path(store) + end).stat().st_mode) for end in ("", "-wal", "-shm")}
     finally:
         os.umask(before)
     assert modes == {"": 0o600, "-wal": 0o600, "-shm": 0o600}
@@ -43,7 +40,9 @@ async def test_a_commit_is_on_disk(sqlite_store: Store) -> None:
     connections = [await sqlite_store.engine.connect() for _ in range(2)]
     for connection in connections:
         options = await connection.execution_options(reads_only=True)
-        answers = [(await options.execute(sa.text(f"PRAGMA {name}"))).scalar() for name in ("journal_mode", "synchronous")]
+        answers = [
+            (await options.execute(sa.text(f"PRAGMA {name}"))).scalar() for name in ("journal_mode", "synchronous")
+        ]
         seen.add(tuple(answers))
         await connection.close()
     assert seen == {("wal", 2)}

@@ -46,7 +46,9 @@ def one_workers_lots(draw: st.DrawFn, run_id: str, last: int, missed: int | None
         found = accepted(new, gaps=gaps, cursor=end, count=count, finished=is_end, complete=state == "complete")
         writes.append(RunWrite(run_id, AT, state, found))
         if draw(st.integers(0, 4)) == 0:
-            writes.append(RunWrite(run_id, AT, None, accepted(rejects=[Reject(end, b"?", "x")], cursor=end, count=count)))
+            writes.append(
+                RunWrite(run_id, AT, None, accepted(rejects=[Reject(end, b"?", "x")], cursor=end, count=count))
+            )
         first = end + 1
     record = RunRecord(run_id, AT, "completed", completed_at=AT)
     return [*writes, RunWrite(run_id, AT, record=record, is_settled=True)]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import sqlalchemy as sa
@@ -39,10 +41,10 @@ if TYPE_CHECKING:
     from worker.observe import LogEvent
 
 SECRET = "sk-never-to-be-seen"
-QUICK = Patience(
-    turn=0.05, silence=0.08, most_silence=0.3, ended=0.1, cancelled=0.25, record=0.2, streamless=600.0
-)
+QUICK = Patience(turn=0.05, silence=0.08, most_silence=0.3, ended=0.1, cancelled=0.25, record=0.2, streamless=600.0)
 EVERYTHING = Watch(is_all=True)
+EMPTY_FILE: list[bytes] = []
+UNHURRIED = patience._WaitForServer
 
 
 class Lines:
@@ -70,7 +72,7 @@ class Lines:
 def hurry(monkeypatch: pytest.MonkeyPatch, times: float = 20.0) -> None:
     """Divide the waits between attempts; what the server asks for is waited as ever."""
 
-    class Hurried(patience._WaitForServer):
+    class Hurried(UNHURRIED):  # type: ignore[misc,valid-type]
         def __init__(self, most_seconds: float) -> None:
             super().__init__(most_seconds)
             growing = self._growing
@@ -146,7 +148,7 @@ class Rig:
     async def until_stored(self, run: FakeRun, count: int, seconds: float = 10.0) -> None:
         """Wait until so many chunks of the run are durable."""
         async with asyncio.timeout(seconds):
-            while len(await self.rows(run)) < count:
+            while len(await self.rows(run)) < count:  # noqa: ASYNC110 - it happens in the database
                 await asyncio.sleep(0.005)
 
     async def service(self, *, interval: float = 0.05, max_streams: int = 16, watch: Watch = EVERYTHING) -> Service:
@@ -239,7 +241,7 @@ async def working(
     )
     log, metrics = Lines(), Metrics()
     async with app.open_database(config) as engine, app.open_letta(config) as client:
-        await schema.upgrade(engine)
+        await give_schema(engine)
         committer = Committer(engine, log, metrics)
         reads = Reads(engine, is_patient=True)
         rig = Rig(letta, client, engine, committer, reads, metrics, log, waits)
@@ -253,6 +255,31 @@ async def working(
                     await asyncio.wait([committing])
         assert rig.violations == []
         assert SECRET not in repr(log.lines)
+
+
+async def give_schema(engine: AsyncEngine) -> None:
+    """Bring a database to the current schema; all SQLite files of a session begin as copies of the first."""
+    path = Path(engine.url.database or "")
+    if engine.dialect.name == "sqlite" and EMPTY_FILE:
+        copy_empty_file(path)
+    await schema.upgrade(engine)
+    if engine.dialect.name == "sqlite" and not EMPTY_FILE:
+        await engine.dispose()  # the last connection brings everything into the one file
+        keep_empty_file(path)
+
+
+def copy_empty_file(path: Path) -> None:
+    """Begin with the schema, unless there is a file already."""
+    if not path.exists():
+        path.write_bytes(EMPTY_FILE[0])
+
+
+def keep_empty_file(path: Path) -> None:
+    """Remember a file that has the schema and nothing else."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        is_empty = connection.execute("SELECT count(*) FROM runs").fetchone() == (0,)
+    if is_empty:
+        EMPTY_FILE.append(path.read_bytes())
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """The kill campaign: SIGKILL after SIGKILL at random moments, on each database, while dozens of runs talk.
 
 `make kills` runs it; LETTA_INGEST_KILLS and LETTA_INGEST_SEED choose how many kills and which. Between two kills the
-worker lives until it has stored something, plus a random fifth of a second; some are killed while they start. Each
-life has another batch size and another number of streams. The rows are compared with the server's own logs.
+worker lives until it has stored something, plus up to a fifth of a second, and then until it stores again; some are
+killed while they start. Each life has another batch size and another number of streams. In the end the rows are
+compared with the server's own logs.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ class Campaign:
                 added_at, runs = 0.0, {}
             else:
                 added_at, runs = await self._watch(life, self.chance.uniform(0, 0.2))
+                await asyncio.sleep(self.chance.uniform(0, 0.03))
             seconds = time.monotonic() - added_at
             assert life.exit_code is None, f"the worker ended by itself:\n{self.log_tail()}"
         finally:
@@ -117,19 +119,17 @@ class Campaign:
         return (self.folder / "worker.log").read_text()[-3000:]
 
     async def _watch(self, life: Life, seconds: float) -> tuple[float, dict[str, RunLook]]:
-        """Look again and again until that long after the first rows of this life; say when rows were last added."""
-        deadline = time.monotonic() + FIRST_ROWS_SECONDS
-        begun_with, before, added_at, end = None, 0, 0.0, 0.0
+        """Look again and again until rows are added that long after the first rows of this life; say when that was."""
+        deadline, before, end = time.monotonic() + FIRST_ROWS_SECONDS, None, None
+        await asyncio.sleep(0.05)  # what the last life had handed to PostgreSQL is not this one's
         while True:
             runs = await self.look.runs()
             rows, now = sum(run.rows for run in runs.values()), time.monotonic()
-            begun_with = rows if begun_with is None else begun_with
-            if rows > before:
-                added_at, before = now, rows
-            if rows > begun_with and not end:
-                end = now + seconds
-            if end and now >= end:
-                return added_at, runs
+            if before is not None and rows > before:
+                end = end or now + seconds
+                if now >= end:
+                    return now, runs
+            before = rows
             assert now < deadline, f"nothing was stored in {FIRST_ROWS_SECONDS:.0f} s:\n{self.log_tail()}"
             assert life.exit_code is None, f"the worker ended by itself:\n{self.log_tail()}"
             await asyncio.sleep(0.004)

@@ -64,8 +64,9 @@ class RunLog:
     """The log of one run as far as it is known; starts from what the store holds.
 
     Begin every response with `begin_read`, then `accept` its events one by one, and after each one look at
-    `is_finished` (stop), `is_unproven` (ask again at the run's own endpoint) and `has_hole` (ask again from the
-    cursor: chunks may only have been late). `take` gives what has become storable.
+    `is_finished` (stop), `is_unproven` (ask again at the run's own endpoint) and `wants_reread` (ask again from the
+    cursor: missing chunks may only be late, and a repetition may hide a number). `take` gives what has become
+    storable.
     """
 
     def __init__(self, run_id: str, cursor: int = 0, stored_count: int = 0, gaps: Iterable[Gap] = ()) -> None:
@@ -100,9 +101,9 @@ class RunLog:
         the run, so that even events that name no run are known to be its own.
         """
         self.is_unproven = False
-        self.has_hole = False
+        self.wants_reread = False
         self._is_own = is_by_run
-        self._anchor = self.cursor
+        self._asked_after = self._anchor = self.cursor
         self._tail: list[Chunk | Unparsable] = []
         self._is_tail_broken = False
         self._holds_unknown = False
@@ -110,7 +111,7 @@ class RunLog:
 
     def accept(self, event: Event) -> None:
         """Take in one event. A response that cannot be proven to be this run's changes nothing."""
-        if self.is_finished or self.is_unproven or self.has_hole:
+        if self.is_finished or self.is_unproven or self.wants_reread:
             return
         if isinstance(event, Chunk):
             self._accept_chunk(event)
@@ -199,7 +200,7 @@ class RunLog:
                 self._record_gaps_before(seq_id)
             self._release_held()
         self._finish_if_whole()
-        self.has_hole = seq_id > self.cursor
+        self.wants_reread = seq_id > self.cursor
 
     def _await_number(self, event: Chunk | Unparsable) -> None:
         """Keep an event without a number until a later one proves which number it holds."""
@@ -223,13 +224,17 @@ class RunLog:
             self._release_held()
         if self._held:
             self._tail.clear()
-            self.has_hole = True
+            self.wants_reread = True
             return
         if self._anchor == self.cursor and not self._is_tail_broken:
             for event in _without_repeats(self._tail):
                 self._hold(self.cursor + 1, self._as_place(self.cursor + 1, event))
                 self._release_held()
             self._tail.clear()
+        elif self._tail and not self._is_tail_broken and self._asked_after < self.cursor:
+            # A repetition stands before the end; asked after the cursor, the server skips it.
+            self.wants_reread = True
+            return
         elif self._tail or self._is_tail_broken:
             self._reject_tail("stands before the end, but its number cannot be proven")
             self._open_gap(Gap(self.cursor + 1, None, "rejected"))

@@ -7,6 +7,7 @@ rows in the file are counted without any of its code (proof.py).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -28,6 +29,8 @@ from worker.demo.talk import Talk
 from worker.errors import ConfigError, WorkerError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from rich.console import Console
 
     from worker.demo.fake_run import FakeRun
@@ -72,15 +75,16 @@ class Worker:
     folder: Path
     process: asyncio.subprocess.Process | None = None
     started_at: float = 0.0
-    rows_at_start: int = 0
+    rows_at_start: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def pid(self) -> int:
         """The process that runs, or ran last."""
         return self.process.pid if self.process else 0
 
-    async def start(self, rows: int) -> None:
-        """Start a new life. `-P`: a folder `worker` where the user happens to be is not ours."""
+    async def start(self, rows: Mapping[str, int]) -> None:
+        """Start a new life, with so many rows of each run in the file."""
+        # -P: a folder called worker where the user happens to be is not ours.
         command = [sys.executable, "-P", "-m", "worker", "run", "--config", str(self.folder / "config.toml")]
         with (self.folder / "worker.log").open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
@@ -154,14 +158,15 @@ class Demo:
         self.screen.note(self.seconds, "2 runs are over before the worker starts; now all begin to talk")
         talking = asyncio.create_task(self.talk.speak())
         try:
-            await self.worker.start(rows=0)
+            await self.worker.start({})
             for number in range(1, self.kills + 1):
                 await self._kill(number)
             self.talk.finish()
             await self._watch_until_all_is_stored(talking)
             self.exit_code = await self.worker.end(signal.SIGTERM)
             self.screen.note(self.seconds, f"all runs are over; SIGTERM, and the worker exited {self.exit_code}")
-            self._look(worker="the worker has stopped", is_up=False)
+            self.stored = proof.stored_runs(self.database)
+            self._show("the worker has stopped", is_up=False)
         finally:
             talking.cancel()
             await asyncio.wait([talking])
@@ -169,14 +174,13 @@ class Demo:
                 await self.worker.end(signal.SIGKILL)
 
     async def _kill(self, number: int) -> None:
-        """Let the worker store something in this life, then kill it and start the next."""
+        """Let the worker store chunks of runs that go on, then kill it and start the next."""
         not_before = self.started_at + SECONDS_PER_KILL * (number - self.chance.uniform(0.2, 0.5))
-        deadline = time.monotonic() + STALLED_SECONDS
-        while time.monotonic() < not_before or not self._stores():
+        deadline = max(time.monotonic(), not_before) + STALLED_SECONDS
+        while time.monotonic() < not_before or not self._grown() & {run.id for run in self.talk.live_runs}:
             if time.monotonic() > deadline:
                 raise WorkerError(f"the worker stored nothing in {STALLED_SECONDS:.0f} s: {self.folder}/worker.log")
             await self._watch()
-        await asyncio.sleep(self.chance.uniform(0, 0.2))
         pid = self.worker.pid
         await self.worker.end(signal.SIGKILL)
         self.stored = proof.stored_runs(self.database)
@@ -186,11 +190,12 @@ class Demo:
         self.screen.note(
             self.seconds, f"kill -9 {pid} ({number} of {self.kills}): {self.rows:,} rows stored, {caught} runs not over"
         )
-        await self.worker.start(self.rows)
+        await self.worker.start({run_id: run.rows for run_id, run in self.stored.items()})
 
-    def _stores(self) -> bool:
-        """Rows were added in this life of the worker."""
-        return self.rows > self.worker.rows_at_start
+    def _grown(self) -> set[str]:
+        """The runs of which this life of the worker has stored something."""
+        before = self.worker.rows_at_start
+        return {run_id for run_id, run in self.stored.items() if run.rows > before.get(run_id, 0)}
 
     async def _watch_until_all_is_stored(self, talking: asyncio.Task[None]) -> None:
         progress_at, progress = time.monotonic(), -1
@@ -207,17 +212,18 @@ class Demo:
 
     async def _watch(self) -> None:
         self.worker.check()
+        self.stored = proof.stored_runs(self.database)
         age = time.monotonic() - self.worker.started_at
-        if self._stores():
+        is_up = bool(self._grown())
+        if is_up:
             text = f"worker {self.worker.pid} is storing, {age:.1f} s after its start"
         else:
             text = f"worker {self.worker.pid} is starting{' again' if self.killed else ''}, {age:.1f} s"
-        self._look(text, is_up=self._stores())
+        self._show(text, is_up=is_up)
         await asyncio.sleep(1 / LOOKS_PER_SECOND)
 
-    def _look(self, worker: str, *, is_up: bool) -> None:
-        """Count what is in the file and show it beside what the server has."""
-        self.stored = proof.stored_runs(self.database)
+    def _show(self, worker: str, *, is_up: bool) -> None:
+        """Show what was counted in the file beside what the server has."""
         served = {run.id: self._served(run) for run in self.letta.runs.values()}
         rows = []
         for speaker in self.talk.speakers:
@@ -240,10 +246,18 @@ class Demo:
 async def run(console: Console, *, kills: int, keep: Path | None, seed: int) -> bool:
     """Perform the demo and print the proof. False if it does not hold. Raises ConfigError or WorkerError."""
     folder = prepared(keep)
-    _end_on_signals()
     names = {"speakers": SPEAKERS, "times": "once" if kills == 1 else f"{kills} times"}
     introduction = INTRODUCTION.format(**names, database=escape(str(folder / "letta-ingest.db")))
     console.print(introduction, highlight=False, soft_wrap=True)
+    with ended_by_signals():
+        outcome = await performed(console, folder, kills, seed)
+    print_proof(console, outcome)
+    print_next_steps(console, folder)
+    return outcome.holds
+
+
+async def performed(console: Console, folder: Path, kills: int, seed: int) -> Outcome:
+    """Set the stage, perform, and count."""
     async with FakeLetta(keepalive_interval=2.0, seed=seed) as letta:
         database = f"sqlite:///{folder / 'letta-ingest.db'}"
         config = CONFIG.format(url=json.dumps(letta.url), database=json.dumps(database))
@@ -253,10 +267,7 @@ async def run(console: Console, *, kills: int, keep: Path | None, seed: int) -> 
             demo = Demo(folder, kills, screen, letta, talk, random.Random(seed), Worker(folder))
             await demo.perform()
     tally = proof.compare(letta.runs, proof.stored_rows(demo.database))
-    outcome = Outcome(letta.runs, proof.stored_runs(demo.database), tally, demo.killed, demo.exit_code)
-    print_proof(console, outcome)
-    print_next_steps(console, folder)
-    return outcome.holds
+    return Outcome(letta.runs, proof.stored_runs(demo.database), tally, demo.killed, demo.exit_code)
 
 
 def prepared(keep: Path | None) -> Path:
@@ -282,7 +293,22 @@ def own_environ() -> dict[str, str]:
     }
 
 
-def _end_on_signals() -> None:
-    """Let a closed terminal and SIGTERM end the demo as Ctrl-C does: with its worker."""
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and a closed terminal end the demo in order, with its worker, as Ctrl-C does anyway."""
+    loop, demo = asyncio.get_running_loop(), asyncio.current_task()
+    got: list[str] = []
+
+    def end(number: signal.Signals) -> None:
+        got.append(number.name)
+        if demo is not None:
+            demo.cancel()
+
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.getsignal(signal.SIGINT))
+        loop.add_signal_handler(number, end, number)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if got:
+            raise WorkerError(f"{got[0]} ended the demo") from None
+        raise

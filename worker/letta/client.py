@@ -17,7 +17,14 @@ import msgspec
 from worker.core.chunks import Event, parse
 from worker.core.records import MessageRecord, RunRecord
 from worker.core.sse import SseDecoder
-from worker.errors import NotFoundError, NotStreamableError, RunExpiredError, RunIdIgnoredError, TroubleError, WorkerError
+from worker.errors import (
+    NotFoundError,
+    NotStreamableError,
+    RunExpiredError,
+    RunIdIgnoredError,
+    TroubleError,
+    WorkerError,
+)
 from worker.letta.answers import error_of, is_event_stream, read_ids, read_messages, read_runs, read_version
 from worker.letta.paging import Paging
 
