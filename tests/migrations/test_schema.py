@@ -181,10 +181,10 @@ async def test_two_processes_upgrade_at_once(database_url: str) -> None:
     pipe = asyncio.subprocess.PIPE
     racers = [
         await asyncio.create_subprocess_exec(sys.executable, "-c", UPGRADE, database_url, stdin=pipe, stderr=pipe)
-        for _ in range(3)
+        for _ in range(2)
     ]
     ended = await asyncio.gather(*(racer.communicate(b"\n") for racer in racers))
-    assert [racer.returncode for racer in racers] == [0, 0, 0], ended
+    assert [racer.returncode for racer in racers] == [0, 0], ended
 
 
 async def test_a_forgotten_session_does_not_block_an_upgrade_for_ever(

@@ -24,7 +24,7 @@ def test_sigterm_drains_and_the_next_worker_goes_on(
     worker = make_worker(conversations=[where.conversation_id])
     worker.start()
     run_id = driver.start(where, "[n=300] [delay=0.03]")
-    wait_until(lambda: database.chunk_counts().get(run_id, 0) > 10, 30, "the run was not followed", worker)
+    wait_until(lambda: database.chunk_counts().get(run_id, 0) > 10, 90, "the run was not followed", worker)
 
     started = time.monotonic()
     assert worker.drain(timeout=10) == 0, worker.log_tail()
@@ -53,7 +53,7 @@ def test_status_is_json(make_worker: MakeWorker, driver: Driver, log: ServerLog,
     where = driver.make_conversation(driver.make_agent())
     assert where.conversation_id is not None
     run_id = driver.start(where, "[n=5]")
-    log.wait_until_over([run_id], 30)
+    log.wait_until_over([run_id], 120)
     worker = make_worker(conversations=[where.conversation_id])
     assert worker.catch_up() == 0, worker.log_tail()
     status = worker.command("status", "--json")

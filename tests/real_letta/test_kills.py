@@ -58,7 +58,7 @@ def test_kills_lose_and_double_nothing(
     chats = [driver.make_conversation(agents[0]) for _ in range(5)]
     direct = [Conversation(agent, None) for agent in agents[1:]]
     missed = [driver.start(where, prompt) for where in (chats[0], direct[0]) for prompt in BEFORE_THE_WORKER]
-    log.wait_until_over(missed, 60)
+    log.wait_until_over(missed, 120)
 
     worker = make_worker(watch_all=True) if database.kind == "sqlite" else make_worker(agents=agents)
     cancelled = _cancel_while_followed(worker, database, driver, log, chats[4])
@@ -75,7 +75,7 @@ def test_kills_lose_and_double_nothing(
             campaign.kill_once()
             if campaign.kills % 3 == 0:
                 missed.append(driver.start(direct[1], WHILE_IT_IS_DOWN))
-                log.wait_until_over(missed, 30)
+                log.wait_until_over(missed, 120)
             tally.say(f"{database.kind}: kill {campaign.kills}, interrupted {len(campaign.interrupted[-1])} runs")
     run_ids = [*missed, *cancelled, *traffic.run_ids()]
     driver.wait(run_ids)
@@ -102,12 +102,12 @@ def _cancel_while_followed(
     """Cancel one run while the worker follows it, and a second one that is over before the worker sees it."""
     run_ids = [driver.start(where, "[n=500] [delay=0.03]")]
     worker.start()
-    wait_until(lambda: database.chunk_counts().get(run_ids[0], 0) > 20, 30, "the run was not followed", worker)
+    wait_until(lambda: database.chunk_counts().get(run_ids[0], 0) > 20, 90, "the run was not followed", worker)
     driver.cancel(where)
-    log.wait_until_over(run_ids, 30)
+    log.wait_until_over(run_ids, 120)
     worker.kill()
     run_ids.append(driver.start(where, "[n=500] [delay=0.03]"))
     time.sleep(1)
     driver.cancel(where)
-    log.wait_until_over(run_ids, 30)
+    log.wait_until_over(run_ids, 120)
     return run_ids

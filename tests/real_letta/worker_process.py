@@ -13,7 +13,7 @@ from tests.real_letta.stored import Database
 
 SECRET = "not-to-be-seen-in-any-log"  # the server accepts any; invariant I10
 _PROGRAM = Path(sys.executable).with_name("letta-ingest")
-_ONCE_SECONDS = 120
+_ONCE_SECONDS = 300
 _COMMAND_SECONDS = 60
 
 

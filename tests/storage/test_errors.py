@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import asyncpg
@@ -17,6 +16,8 @@ from worker.storage.engine import create_engine, describe, is_outage, is_refusal
 from worker.storage.writes import RunWrite
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.support.postgres import PostgresServer
 
 SECRET = "what the agent said"
@@ -256,22 +257,25 @@ async def test_a_locked_file_is_waited_for(sqlite_url: str, monkeypatch: pytest.
     await other.communicate(b"\n")
 
 
-async def test_a_damaged_file_is_refused(sqlite_url: str) -> None:
-    """I7: What is no database, and a database with torn pages, need an operator."""
-    path = Path(sqlite_url.removeprefix("sqlite:///"))
-    path.write_bytes(b"this is a letter, not a database" * 200)
-    not_ours = await failure(sqlite_url)
-    assert_refusal(not_ours)
-    assert "not a database" in describe(not_ours)
-    path.unlink()
+def tear(path: Path) -> None:
+    """Make a database with a table `t` whose pages are garbage."""
     made = sqlite3.connect(path)
     made.execute("CREATE TABLE t (a)")
     made.executemany("INSERT INTO t VALUES (?)", [("x" * 500,)] * 100)
     made.commit()
     made.close()
-    torn = path.read_bytes()
-    path.write_bytes(torn[:4096] + b"\xff" * 8192 + torn[4096 + 8192 :])
-    corrupt = await failure(sqlite_url, "SELECT * FROM t")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4096] + b"\xff" * 8192 + whole[4096 + 8192 :])
+
+
+async def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    """I7: What is no database, and a database with torn pages, need an operator."""
+    (tmp_path / "letter").write_bytes(b"this is a letter, not a database" * 200)
+    not_ours = await failure(f"sqlite:///{tmp_path}/letter")
+    assert_refusal(not_ours)
+    assert "not a database" in describe(not_ours)
+    tear(tmp_path / "torn.db")
+    corrupt = await failure(f"sqlite:///{tmp_path}/torn.db", "SELECT * FROM t")
     assert_refusal(corrupt)
     assert "malformed" in describe(corrupt)
 

@@ -71,7 +71,7 @@ number = 0
     )
 )
 @settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     database=None,

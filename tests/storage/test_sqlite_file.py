@@ -22,16 +22,21 @@ def _path(store: Store) -> str:
     return store.url.removeprefix("sqlite:///")
 
 
+def modes(path: str) -> dict[str, int]:
+    """The permissions of the files a database consists of."""
+    return {end: stat.S_IMODE(Path(path + end).stat().st_mode) for end in ("", "-wal", "-shm")}
+
+
 async def test_nobody_else_may_read_the_files(sqlite_url: str) -> None:
     """I10: Database, write-ahead log and index are 0600, whatever the umask."""
     before = os.umask(0)
     try:
         async with Store(sqlite_url) as store:
             await store.write(known("run-1"), lot("run-1", 1, 3))
-            modes = {end: stat.S_IMODE(Path(_path(store) + end).stat().st_mode) for end in ("", "-wal", "-shm")}
+            found = modes(_path(store))
     finally:
         os.umask(before)
-    assert modes == {"": 0o600, "-wal": 0o600, "-shm": 0o600}
+    assert found == {"": 0o600, "-wal": 0o600, "-shm": 0o600}
 
 
 async def test_a_commit_is_on_disk(sqlite_store: Store) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from worker.storage.writes import Write
 
 QUICKLY = settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     database=None,
@@ -161,7 +161,7 @@ async def prepare(store: Store) -> None:
     await store.write(known(*(f"run-{n:02}" for n in range(RUNS))))
 
 
-@pytest.mark.parametrize("seed", [1, 3, 5])
+@pytest.mark.parametrize("seed", [1, 3])
 async def test_two_committers_at_once(store: Store, seed: int) -> None:
     """I4: Two committers that write the same runs at once, in different lots and orders, never trip over each other."""
     await prepare(store)

@@ -66,6 +66,7 @@ def finished(shell: Shell, life: Life) -> set[str]:
         ("postgresql", signal.SIGKILL),
     ],
     indirect=["database_url"],
+    ids=str,
 )
 async def test_signal_loses_nothing(shell: Shell, database_url: str, number: signal.Signals) -> None:
     """I2, I3: SIGTERM and SIGINT drain and exit 0 within seconds; after these and SIGKILL, the next start goes on."""
@@ -113,7 +114,8 @@ async def test_two_workers_on_one_database(shell: Shell, database_url: str) -> N
         both = [shell.start("run"), shell.start("run")]
         await store_some(shell)
         await asyncio.sleep(0.5)
-    await until(lambda: len(finished(shell, both[0])) == len(finished(shell, both[1])) == len(shell.letta.runs), 15)
+    await until(lambda: set.union(*(finished(shell, life) for life in both)) == shell.letta.runs.keys(), 15)
+    assert all(finished(shell, life) for life in both)
     async with looking(database_url) as look:
         stored = await look.counted()
     assert [await shell.stop(life) for life in both] == [0, 0]

@@ -73,8 +73,8 @@ def print_proof(console: Console, outcome: Outcome) -> None:
     """Print the figures and what they come to."""
     tally = outcome.tally
     examples = [pair for kill in outcome.kills if (pair := kill.example(outcome.runs))]
-    pairs = ", ".join(f"{rows} of {total}" for rows, total in examples[:5])
-    caught = f":\n{' ' * 17}after chunk {pairs}{', ...' if len(examples) > 5 else ''}" if pairs else ""
+    pairs = ", ".join(f"{rows} of {total}" for rows, total in examples[:4])
+    caught = f":\n{' ' * 17}after chunk {pairs}{', ...' if len(examples) > 4 else ''}" if pairs else ""
     result = f"{tally.lost} lost, {tally.doubled} doubled, {tally.altered} altered"
     lines = [
         "",

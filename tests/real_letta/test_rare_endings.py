@@ -85,7 +85,7 @@ def test_beheaded_run_has_its_gap(
         time.sleep(0.1)
     lab.redis.kill()
     lab.redis.start()
-    log.wait_until_over([run_id], 60)
+    log.wait_until_over([run_id], 120)
     assert worker.catch_up() == 0, worker.log_tail()
     server = log.read(run_id)
     assert server.rows[0].seq_id == 152
@@ -103,7 +103,7 @@ def test_expired_run_is_backfilled(
     """Of a run older than three hours the messages are fetched and the lack of chunks is on record (I5, promise 3)."""
     where = driver.make_conversation(driver.make_agent())
     run_id = driver.start(where, "[n=5]")
-    log.wait_until_over([run_id], 30)
+    log.wait_until_over([run_id], 120)
     driver.wait([run_id])
     _make_old(lab, run_id)
     assert make_worker(conversations=[_id(where)]).catch_up() == 0
@@ -153,7 +153,7 @@ def test_trimmed_run_is_stored_with_its_gap(
     """Of 13,000 chunks read late, all that the server still has are stored and the missing are on record (I2, I5)."""
     where = driver.make_conversation(driver.make_agent())
     run_id = driver.start(where, "[n=13000] [delay=0]")
-    log.wait_until_over([run_id], 180)
+    log.wait_until_over([run_id], 300)
     driver.wait([run_id])
     server = log.read(run_id)
     assert server.holes, "the server kept all of it"
@@ -211,7 +211,7 @@ def _start_and_follow(
     """Start a run and return once some of it is stored."""
     run_id = driver.start(where, prompt)
     worker.ensure_started()
-    wait_until(lambda: database.chunk_counts().get(run_id, 0) > 20, 60, "the run was not followed", worker)
+    wait_until(lambda: database.chunk_counts().get(run_id, 0) > 20, 90, "the run was not followed", worker)
     return run_id
 
 
