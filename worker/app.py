@@ -25,6 +25,8 @@ from worker.storage.committer import Committer
 from worker.storage.engine import create_engine, describe, is_outage, is_sqlite, outage_retries
 from worker.storage.reads import Reads
 
+GOODBYE_SECONDS = 5.0
+
 
 async def run(config: Config, log: Log, *, once: bool, patience: Patience | None = None) -> None:
     """Run the service until a signal, or once. Raises RefusedError, ConfigError or InvariantError."""
@@ -63,7 +65,10 @@ async def open_database(config: Config) -> AsyncIterator[AsyncEngine]:
     try:
         yield engine
     finally:
-        await engine.dispose()
+        # A dead link would keep a polite goodbye waiting until the statement timeout.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GOODBYE_SECONDS):
+                await engine.dispose()
 
 
 @contextlib.asynccontextmanager

@@ -1,7 +1,10 @@
 """The commands. The only place that knows exit codes and terminals; `letta-ingest --help` is its documentation.
 
 Exit codes: 0 done; 1 anything unforeseen; 2 usage or configuration; 3 the server or the database refuses us.
+Commands import what they need when they run: `--help` must not take the second that all of it takes to load.
 """
+
+from __future__ import annotations
 
 import asyncio
 import datetime as dt
@@ -9,7 +12,7 @@ import sys
 from collections.abc import Coroutine
 from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import msgspec
 import typer
@@ -19,13 +22,13 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from worker import app as composition
-from worker import checks, config, observe
 from worker.errors import ConfigError, RefusedError, WorkerError
-from worker.status import Status, printable, read_status
-from worker.storage.reads import Reads
-from worker.verify import Report
-from worker.verify import verify as verify_store
+
+if TYPE_CHECKING:
+    from worker.checks import Check
+    from worker.config import Config
+    from worker.status import Status
+    from worker.verify import Report
 
 Result = TypeVar("Result")
 
@@ -82,9 +85,11 @@ def run(
 
     Safe to kill at any moment: it goes on from the stored cursor. Log lines go to stderr.
     """
+    from worker import app, observe
+
     settings = _load(config_path)
     log = observe.set_up_logging(settings.log.level, settings.log.format)
-    _do(composition.run(settings, log, once=once))
+    _do(app.run(settings, log, once=once))
 
 
 @cli.command()
@@ -93,7 +98,9 @@ def migrate(config_path: ConfigOption = None) -> None:
 
     PostgreSQL needs it before `run` and after an upgrade of letta-ingest; a SQLite file `run` upgrades by itself.
     """
-    before, after = _do(composition.migrate(_load(config_path)))
+    from worker import app
+
+    before, after = _do(app.migrate(_load(config_path)))
     typer.echo(
         f"schema is current ({after})" if before == after else f"schema upgraded: {before or 'empty'} -> {after}"
     )
@@ -130,7 +137,7 @@ def demo(
 
     Takes about half a minute, and exits 0 only if every chunk is in the file exactly once.
     """
-    from worker.demo.demo import run as perform  # noqa: PLC0415 - no other command knows the demo
+    from worker.demo.demo import run as perform
 
     if not _do(perform(Console(), kills=kills, keep=keep, seed=seed)):
         raise typer.Exit(EXIT_OTHER)
@@ -158,7 +165,9 @@ def verify(
         raise typer.Exit(EXIT_OTHER)
 
 
-async def _verified(settings: config.Config, *, with_server: bool) -> Report:
+async def _verified(settings: Config, *, with_server: bool) -> Report:
+    from worker.verify import verify as verify_store
+
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("verifying runs", total=None)
         return await verify_store(
@@ -169,6 +178,8 @@ async def _verified(settings: config.Config, *, with_server: bool) -> Report:
 
 
 def _print_report(report: Report) -> None:
+    from worker.status import printable
+
     console = Console(highlight=False, soft_wrap=True)
     states = ", ".join(f"{count} {state}" for state, count in sorted(report.states.items())) or "none"
     console.print(f"runs     {report.runs} ({states})")
@@ -188,8 +199,11 @@ def _print_report(report: Report) -> None:
     console.print("[green]sound[/]" if report.is_sound else "[red]not sound: please report this, it is a bug[/]")
 
 
-async def _checks(settings: config.Config) -> list[checks.Check]:
-    console, lines = Console(highlight=False), []
+async def _checks(settings: Config) -> list[Check]:
+    from worker import checks
+    from worker.status import printable
+
+    console, lines = Console(highlight=False), list["Check"]()
     async for line in checks.check(settings):
         mark = "[green]ok  [/]" if line.is_ok else "[red]FAIL[/]"
         console.print(f"{mark} {escape(printable(line.name)):14} {escape(printable(line.text))}", soft_wrap=True)
@@ -197,8 +211,12 @@ async def _checks(settings: config.Config) -> list[checks.Check]:
     return lines
 
 
-async def _show_status(settings: config.Config, *, as_json: bool, watch: bool) -> None:
-    async with composition.open_current_database(settings) as engine:
+async def _show_status(settings: Config, *, as_json: bool, watch: bool) -> None:
+    from worker import app
+    from worker.status import read_status
+    from worker.storage.reads import Reads
+
+    async with app.open_current_database(settings) as engine:
         reads = Reads(engine, is_patient=False)
         console = Console(highlight=False)
         if not watch:
@@ -215,6 +233,8 @@ async def _show_status(settings: config.Config, *, as_json: bool, watch: bool) -
 
 
 def _status_table(figures: Status) -> Group:
+    from worker.status import printable
+
     states = ", ".join(f"{count} {state}" for state, count in sorted(figures.runs.items())) or "none yet"
     until = f"{figures.discovered_until:%Y-%m-%d %H:%M:%S} UTC" if figures.discovered_until else "none yet"
     lines = [
@@ -237,7 +257,9 @@ def _status_table(figures: Status) -> Group:
     return Group(*lines, "", table)
 
 
-def _load(path: Path | None) -> config.Config:
+def _load(path: Path | None) -> Config:
+    from worker import config
+
     try:
         return config.load(path)
     except ConfigError as error:

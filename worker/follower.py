@@ -245,7 +245,8 @@ class Follower:
                 look_up_after = self._grace() if was_ended else patience.silence
             # A run that is over needs its place only until its end is read; one that is alive can wait for its turn.
             is_turn_over = time.monotonic() - opened >= patience.turn
-            if self._places.is_wanted and is_turn_over and not was_ended:
+            # Never while a lot waits for room at the committer: the RunLog has given it away, and it would be lost.
+            if self._places.is_wanted and is_turn_over and not was_ended and not self._is_handing_over:
                 return Outcome.YIELDED
 
     async def _look_up(self, quiet: float) -> bool:

@@ -22,19 +22,18 @@ class Health:
     def __init__(self, committer: Committer) -> None:
         self._committer = committer
         self._discovery_error: str | None = "no sweep has succeeded yet"
+        self.discovery_has_failed = False
+        """The last listing failed; before the first one it has not."""
 
     def discovery_succeeded(self) -> None:
         """A listing worked."""
         self._discovery_error = None
+        self.discovery_has_failed = False
 
     def discovery_failed(self, error: str) -> None:
         """A listing failed."""
         self._discovery_error = error
-
-    @property
-    def discovery_works(self) -> bool:
-        """The last listing worked."""
-        return self._discovery_error is None
+        self.discovery_has_failed = True
 
     def is_alive(self) -> bool:
         """Idle, working or waiting for something outside; not stuck inside."""

@@ -40,7 +40,7 @@ class Service:
         self._interval = interval
         # One place is for the runs of the past, so that neither they nor the living starve.
         self._places = Places(max(1, max_streams - 1))
-        self._old_places = Places(1)
+        self._old_places = Places(1) if max_streams > 1 else self._places
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
@@ -110,7 +110,7 @@ class Service:
                 async for found in self._discovery.sweep():
                     count += len(found)
                     self._take_up(found)
-        if not self._health.discovery_works:
+        if self._health.discovery_has_failed:
             self._log.info("discovery.recovered")
         self._health.discovery_succeeded()
         self._with.metrics.discovery_at.set_to_current_time()

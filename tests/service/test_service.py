@@ -358,4 +358,4 @@ async def test_outage_of_the_server(idle_rig: Rig, letta: FakeLetta) -> None:
             run.complete()
         await all_in_state(rig, "complete", 3)
 
-    assert len(rig.log.of("discovery.recovered")) == 2  # the first listing of all counts too
+    assert len(rig.log.of("discovery.recovered")) == 1

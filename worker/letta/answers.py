@@ -39,6 +39,9 @@ def error_of(status: int, headers: Mapping[str, str], body: bytes) -> WorkerErro
         error = RefusedError(
             f"the Letta server refuses the API key ({message}): set letta.api_key or letta.api_key_file"
         )
+    elif status == HTTPStatus.NOT_FOUND and not _is_letta_own(body):
+        # A proxy without its backend says 404 too, and a run must not be given up for that.
+        error = TroubleError(f"{message} (not from Letta: is base_url right, and the server behind it up?)")
     elif status == HTTPStatus.NOT_FOUND:
         error = NotFoundError(message)
     elif status == HTTPStatus.GONE:
@@ -60,6 +63,15 @@ def error_of(status: int, headers: Mapping[str, str], body: bytes) -> WorkerErro
     if isinstance(error, TroubleError):
         error.retry_after = _retry_after(headers.get("retry-after"))
     return error
+
+
+def _is_letta_own(body: bytes) -> bool:
+    """The answer is about the thing asked for; `Not Found` alone is any web framework's word for an unknown path."""
+    try:
+        answer = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, RecursionError):
+        return False
+    return isinstance(answer, dict) and answer.get("detail") not in {None, "", "Not Found"}
 
 
 def is_event_stream(headers: Mapping[str, str]) -> bool:

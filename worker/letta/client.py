@@ -33,6 +33,8 @@ MAX_ANSWER_BYTES = 512 * 1024 * 1024
 MAX_ERROR_BYTES = 64 * 1024
 """So much is read of an error's body."""
 RUNS_A_PAGE = 100
+QUESTIONS_AT_ONCE = 4
+"""REST requests under way at once: each costs the server a database connection, as a stream does."""
 MESSAGES_A_PAGE = 100
 
 
@@ -79,6 +81,7 @@ class LettaClient:
         self._http = http
         self._options = options
         self._paging = Paging()
+        self._asking = asyncio.Semaphore(QUESTIONS_AT_ONCE)
 
     async def server_version(self) -> str:
         """The server's version, e.g. `0.16.8`; needs no credentials (letta-protocol j)."""
@@ -173,7 +176,7 @@ class LettaClient:
 
     async def _get(self, path: str, **query: str | int) -> bytes:
         with _as_worker_errors():
-            async with self._http.stream("GET", path, params=query) as response:
+            async with self._asking, self._http.stream("GET", path, params=query) as response:
                 if response.status_code != httpx.codes.OK:
                     raise error_of(response.status_code, response.headers, await _read_beginning(response))
                 return await _read_bounded(response, MAX_ANSWER_BYTES)
