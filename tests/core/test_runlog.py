@@ -276,7 +276,7 @@ def test_an_event_for_which_there_is_no_number_is_kept() -> None:
 
 
 def test_the_end_behind_a_repetition_that_breaks_off_is_asked_for_again() -> None:
-    """After numbers that went back nobody can say what stands before the end, so it is asked for from the cursor (I2)."""
+    """Behind numbers that went back nobody knows where the end stands: it is asked for from the cursor (I2)."""
     log = RunLog(RUN)
     assert rows(read_whole(log, "1-5 3 s D")) == "1 2 3 4 5"
     assert log.wants_reread
