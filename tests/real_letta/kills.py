@@ -62,6 +62,7 @@ class Campaign:
     def _wait_for_rows(self, before: dict[str, int]) -> None:
         deadline = time.monotonic() + _FIRST_ROWS_SECONDS
         while time.monotonic() < deadline:
+            self.worker.assert_running()
             now = self.database.chunk_counts()
             fresh = [run_id for run_id, count in now.items() if count > before.get(run_id, 0)]
             if any(not self.log.is_over(run_id) for run_id in fresh):

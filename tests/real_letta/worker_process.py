@@ -52,9 +52,14 @@ class Worker:
 
     def kill(self) -> None:
         """SIGKILL it; it must have been running until then."""
-        child = self._take()
-        assert child.exit_code is None, f"the worker ended by itself with {child.exit_code}:\n{self.log_tail()}"
-        child.kill()
+        self.assert_running()
+        self._take().kill()
+
+    def assert_running(self) -> None:
+        """Fail if it ended by itself."""
+        assert self._child is not None, "the worker was not started"
+        code = self._child.exit_code
+        assert code is None, f"the worker ended by itself with {code}:\n{self.log_tail()}"
 
     def drain(self, timeout: float) -> int:
         """SIGTERM it and return its exit code; it is killed if it takes longer than `timeout`."""
