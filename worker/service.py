@@ -100,7 +100,16 @@ class Service:
             if once and not new_runs and not self._followers and not await self._old_runs(1):
                 self.stop()
                 return
-            await asyncio.sleep(0.2 if once and not self._followers else self._interval)
+            await self._wait_for_next_sweep(once=once)
+
+    async def _wait_for_next_sweep(self, *, once: bool) -> None:
+        """Wait for the interval; with `once` not longer than there is something to follow."""
+        if once and self._followers:
+            await asyncio.wait([*self._followers.values()], timeout=self._interval)
+        elif once:
+            await asyncio.sleep(min(0.2, self._interval))
+        else:
+            await asyncio.sleep(self._interval)
 
     async def _sweep(self) -> int:
         """One sweep of discovery, repeated until it works. Returns the number of new runs."""

@@ -1,0 +1,115 @@
+"""A server that gives finished runs as fast as a socket takes them: pre-rendered bytes, one HTTP chunk an event.
+
+Used by benchmarks/run.py, as a process of its own: `python blaster.py RUNS CHUNKS CREATED_AT`; prints its port. It
+knows just enough of Letta's API to be ingested from, so that what is measured is the ingester.
+"""
+
+import asyncio
+import json
+import sys
+from uuid import UUID
+
+
+def run_id(number: int) -> str:
+    """The id of run `number`."""
+    return f"run-{UUID(int=number)}"
+
+
+def event(run: str, seq_id: int) -> bytes:
+    """One token's event, 364 bytes as on a real server."""
+    message = "message-e58e449b-77c3-4036-86b5-f4f8994155fd"
+    fields = {
+        "id": message,
+        "date": "2026-11-22T15:03:50+00:00",
+        "name": None,
+        "message_type": "assistant_message",
+        "otid": "e58e449b-77c3-4036-86b5-f4f899415580",
+        "sender_id": None,
+        "step_id": "step-3e7204da-2885-4a23-9d73-9b8bc4ae7e1e",
+        "is_err": None,
+        "seq_id": seq_id,
+        "run_id": run,
+        "content": f"tok{seq_id:06d} ",
+    }
+    return b"data: " + json.dumps(fields, separators=(",", ":")).encode() + b"\n\n"
+
+
+def stream(run: str, chunks: int) -> bytes:
+    """The body of a whole run: `chunks` numbered events, stop_reason, usage_statistics, [DONE]."""
+    tail = (
+        b'data: {"message_type":"stop_reason","stop_reason":"end_turn"}\n\n',
+        b'data: {"message_type":"usage_statistics","completion_tokens":4,"prompt_tokens":11,"total_tokens":15}\n\n',
+        b"data: [DONE]\n\n",
+    )
+    events = [*(event(run, seq_id) for seq_id in range(1, chunks + 1)), *tail]
+    return b"".join(b"%x\r\n%s\r\n" % (len(e), e) for e in events) + b"0\r\n\r\n"
+
+
+class Blaster:
+    """Answers every request of an ingester from memory."""
+
+    def __init__(self, runs: int, chunks: int, created_at: str) -> None:
+        self._runs = [
+            {
+                "id": run_id(number),
+                "status": "completed",
+                "created_at": created_at,
+                "completed_at": created_at.removesuffix("Z"),
+                "agent_id": "agent-1",
+                "conversation_id": "conv-1",
+                "background": True,
+                "stop_reason": "end_turn",
+            }
+            for number in range(runs, 0, -1)
+        ]
+        self._streams = {run_id(number): stream(run_id(number), chunks) for number in range(1, runs + 1)}
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection."""
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0] or 0)
+                body = await reader.readexactly(length)
+                method, target, _ = head.split(b" ", 2)
+                writer.write(self._answer(method.decode(), target.decode(), body))
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    def _answer(self, method: str, target: str, body: bytes) -> bytes:
+        path, _, query = target.partition("?")
+        if method == "POST":
+            wanted = json.loads(body).get("run_id") or path.split("/")[3]
+            head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+            return head + self._streams[wanted]
+        if path == "/v1/health/":
+            return _json({"version": "0.16.8", "status": "ok"})
+        if path == "/v1/runs/":
+            limit = int(query.partition("limit=")[2].partition("&")[0] or 100)
+            after = query.partition("before=")[2].partition("&")[0]
+            ids = [run["id"] for run in self._runs]
+            first = ids.index(after) + 1 if after else 0
+            return _json([] if "after=" in query else self._runs[first : first + limit])
+        if path.endswith("/messages"):
+            return _json([])
+        return _json(next(run for run in self._runs if run["id"] == path.split("/")[3]))
+
+
+def _json(value: object) -> bytes:
+    body = json.dumps(value).encode()
+    return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
+
+
+async def main() -> None:
+    """Serve until killed."""
+    blaster = Blaster(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    server = await asyncio.start_server(blaster.serve, "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    async with server:
+        await server.serve_forever()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
