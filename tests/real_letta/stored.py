@@ -35,9 +35,12 @@ class Database:
         return str(states[0][0]) if states else None
 
     def is_complete(self, run_id: str) -> bool:
-        """Whether a run is complete and the server's last word about it is stored, too."""
-        query = f"SELECT state, status FROM runs WHERE run_id = '{run_id}'"
-        return any(state == "complete" and status not in {"created", "running"} for state, status in self.fetch(query))
+        """Whether a run is complete and what REST says of it is stored, too: that comes after its last chunk."""
+        settled = self.fetch(
+            f"SELECT 1 FROM runs WHERE run_id = '{run_id}' AND state = 'complete' AND status = 'completed'"
+            f" AND EXISTS (SELECT 1 FROM messages WHERE run_id = '{run_id}')"
+        )
+        return bool(settled)
 
     def gaps(self, run_id: str) -> list[tuple[int, int | None]]:
         """The recorded gaps of a run; one without a last number reaches to an end that nobody knows."""
