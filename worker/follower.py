@@ -207,6 +207,7 @@ class Follower:
         address = Address.of(self._record, by_run=self._is_by_run)
         async with self._with.letta.stream(address, self._runlog.cursor) as received:
             self._runlog.begin_read(is_by_run=address.is_by_run)
+            self._log.debug("run.following", cursor=self._runlog.cursor, by_run=address.is_by_run)
             if self._run.state == "pending":
                 await self._hand_over("following")
             async for events in received:

@@ -26,7 +26,6 @@ LogEvent = Literal[
     "run.rejected",  # bytes that could not become a row were kept in rejects
     "run.address_changed",  # the conversation endpoint ignores run_id; the run's own endpoint is used
     "run.finished",  # one wide line per run: state, chunks, reconnects, seconds
-    "run.bad_request",  # the server does not accept our request for this run
     "database.unavailable",  # a commit failed and is tried again; reading stops by itself
     "database.recovered",  # commits go through again
     "schema.upgraded",  # the schema was brought to this version

@@ -12,6 +12,7 @@ from typing import Any
 import tenacity
 
 from worker import systemd
+from worker.core.records import STREAM_EXPIRY
 from worker.discovery import Discovery
 from worker.errors import InvariantError, RefusedError, WorkerError
 from worker.follower import Equipment, Follower
@@ -20,8 +21,8 @@ from worker.patience import until_it_works
 from worker.places import Places
 from worker.storage.reads import StoredRun
 
-STREAM_LIFE = dt.timedelta(hours=3, minutes=10)
-"""Older runs have lost their stream (410 after three hours) and go through a lane of their own, a few at a time."""
+STREAM_LIFE = STREAM_EXPIRY + dt.timedelta(minutes=10)
+"""Older runs have surely lost their stream and go through a lane of their own, a few at a time."""
 OLD_RUNS_AT_ONCE = 20
 DRAIN_SECONDS = 10.0
 FAILED_TASK_DELAY = 5.0
@@ -42,6 +43,7 @@ class Service:
         self._places = Places(max(1, max_streams - 1))
         self._old_places = Places(1) if max_streams > 1 else self._places
         self._followers: dict[str, asyncio.Task[None]] = {}
+        self._created_at: dict[str, dt.datetime] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
         self._failure: WorkerError | None = None
@@ -154,10 +156,11 @@ class Service:
             if run_id not in self._followers:
                 task = asyncio.create_task(self._supervise(run, places), name=f"follow:{run_id}")
                 self._followers[run_id] = task
+                self._created_at[run_id] = run.record.created_at
                 task.add_done_callback(functools.partial(self._forget, run_id))
 
     def _forget(self, run_id: str, _: asyncio.Task[None]) -> None:
-        del self._followers[run_id]
+        del self._followers[run_id], self._created_at[run_id]
 
     async def _supervise(self, run: StoredRun, places: Places) -> None:
         """Follow a run whatever happens to its follower; start again from what the store holds."""
@@ -213,7 +216,12 @@ class Service:
         self._log.warning("discovery.failed", error=str(error), attempt=state.attempt_number, wait=wait)
 
     def _report_unfinished(self) -> None:
+        """Also how long the most endangered run has, of those that are young enough to have a stream."""
+        now = dt.datetime.now(dt.UTC)
+        lives = [STREAM_EXPIRY - (now - created_at) for created_at in self._created_at.values()]
+        endangered = min((life for life in lives if life > dt.timedelta()), default=STREAM_EXPIRY)
         self._with.metrics.runs_unfinished.set(len(self._followers))
+        self._with.metrics.seconds_to_expiry.set(endangered.total_seconds())
 
     async def _feed_watchdog(self) -> None:
         interval = systemd.watchdog_interval()

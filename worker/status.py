@@ -6,9 +6,9 @@ from typing import Any
 import msgspec
 
 from worker.core.chunks import MAX_COLUMN_CHARS
+from worker.core.records import STREAM_EXPIRY
 from worker.storage.reads import Reads
 
-STREAM_LIFE = dt.timedelta(hours=3)
 SHOWN_RUNS = 20
 
 
@@ -40,7 +40,7 @@ async def read_status(reads: Reads, now: dt.datetime, shown: int = SHOWN_RUNS) -
     """Read it all. Cheap on a large store, and never in a writer's way."""
     totals = await reads.totals()
     unfinished = [
-        run for run in await reads.unsettled_since(now - STREAM_LIFE) if run.state in {"pending", "following"}
+        run for run in await reads.unsettled_since(now - STREAM_EXPIRY) if run.state in {"pending", "following"}
     ]
     unfinished = unfinished[:shown]
     last = await reads.last_received([run.record.run_id for run in unfinished])
@@ -59,7 +59,7 @@ async def read_status(reads: Reads, now: dt.datetime, shown: int = SHOWN_RUNS) -
                 status=run.record.status,
                 cursor=run.cursor,
                 last_chunk_seconds_ago=_seconds(now - last[run.record.run_id]) if run.record.run_id in last else None,
-                seconds_to_expiry=_seconds(run.record.created_at + STREAM_LIFE - now),
+                seconds_to_expiry=_seconds(run.record.created_at + STREAM_EXPIRY - now),
             )
             for run in unfinished
         ],

@@ -1,9 +1,11 @@
 """What the server's REST API says of runs and messages, as values both edges understand."""
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import msgspec
 
+STREAM_EXPIRY = timedelta(hours=3)
+"""So long after a run's creation the server serves its stream (letta-protocol d: 410)."""
 ENDED_STATUSES = frozenset({"completed", "failed", "cancelled"})
 """Letta's words for a run that is over; `created` and `running` are the others in 0.16.8 (letta-protocol e)."""
 
