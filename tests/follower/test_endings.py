@@ -151,8 +151,9 @@ async def test_orphan_expires(rig_on_both: Rig, letta: FakeLetta) -> None:
         assert len(rig.asked("stream", run)) == 1
         looked = [request.opened_at for request in rig.asked("run", run)]
         waits = [later - earlier for earlier, later in itertools.pairwise(looked)]
-        assert waits[0] < waits[1] < waits[2]
-        assert waits[3] >= rig.patience.most_silence
+        # Requests reach the server with the delays of a busy machine, so the waits between them are not exact.
+        assert waits[0] < 0.75 * waits[2]
+        assert waits[3] > 0.75 * rig.patience.most_silence
         letta.retention = timedelta(0)
         await letta.drop_connections()
 

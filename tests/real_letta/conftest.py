@@ -8,6 +8,7 @@ import pytest
 
 from tests.real_letta.driver import Driver
 from tests.real_letta.lab.lab import Lab
+from tests.real_letta.outages import Outages, cause_outages
 from tests.real_letta.server_log import ServerLog
 from tests.real_letta.stored import Database
 from tests.real_letta.worker_process import SECRET, Worker
@@ -59,6 +60,16 @@ def log(lab: Lab) -> Iterator[ServerLog]:
     log = ServerLog(lab.redis.port)
     yield log
     log.close()
+
+
+@pytest.fixture(scope="session")
+def outages(
+    lab: Lab, driver: Driver, log: ServerLog, say: Say, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Outages]:
+    """The worker that lives through the server's and Redis's deaths; it goes on while other tests run."""
+    outages = cause_outages(lab, driver, log, tmp_path_factory.mktemp("outages"), say)
+    yield outages
+    outages.worker.close()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -33,6 +33,11 @@ class Conversation:
     agent_id: str
     conversation_id: str | None
 
+    @property
+    def name(self) -> str:
+        """How the worker's configuration names it."""
+        return self.conversation_id or self.agent_id
+
 
 class Driver:
     """The application. Its methods may be called from several threads."""

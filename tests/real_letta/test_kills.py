@@ -14,7 +14,7 @@ from tests.real_letta.kills import Campaign
 from tests.real_letta.server_log import ServerLog
 from tests.real_letta.stored import Database
 from tests.real_letta.traffic import Traffic
-from tests.real_letta.waiting import wait_until
+from tests.real_letta.waiting import start_and_follow, wait_until
 from tests.real_letta.worker_process import Worker
 
 pytestmark = pytest.mark.real
@@ -63,11 +63,11 @@ def test_kills_lose_and_double_nothing(
     worker = make_worker(watch_all=True) if database.kind == "sqlite" else make_worker(agents=agents)
     cancelled = _cancel_while_followed(worker, database, driver, log, chats[4])
     talks = [
-        (chats[0], ["[n=250] [delay=0.03]", "[n=40] [delay=0.05] [pause=2@20]"]),
-        (chats[1], ["[tool=roll_dice] [think=60] [n=100] [delay=0.03]"]),
-        (chats[2], [f"[n=200] [fail=120] [delay=0.03] [failmode={mode}]" for mode in ("close", "error", "status")]),
+        (chats[0], ["[n=300] [delay=0.03]", "[n=100] [delay=0.05] [pause=2@20]"]),
+        (chats[1], ["[tool=roll_dice] [think=60] [n=150] [delay=0.03]"]),
+        (chats[2], [f"[n=300] [fail=200] [delay=0.03] [failmode={mode}]" for mode in ("close", "error", "status")]),
         (chats[3], ["[n=1000] [delay=0] [pause=3@500]"]),
-        (direct[0], ["[n=200] [delay=0.03] [quiet]"]),
+        (direct[0], ["[n=300] [delay=0.03] [quiet]"]),
     ]
     with Traffic(driver, log, talks) as traffic:
         campaign = Campaign(worker, database, log, traffic.run_ids, random.Random(seed))
@@ -100,11 +100,9 @@ def _cancel_while_followed(
     worker: Worker, database: Database, driver: Driver, log: ServerLog, where: Conversation
 ) -> list[str]:
     """Cancel one run while the worker follows it, and a second one that is over before the worker sees it."""
-    run_ids = [driver.start(where, "[n=500] [delay=0.03]")]
-    worker.start()
-    wait_until(lambda: database.chunk_counts().get(run_ids[0], 0) > 20, 90, "the run was not followed", worker)
+    run_ids = [start_and_follow(driver, database, worker, where, "[n=500] [delay=0.03]")]
     driver.cancel(where)
-    log.wait_until_over(run_ids, 120)
+    wait_until(lambda: database.state(run_ids[0]) == "complete", 120, "the cancelled run was not completed", worker)
     worker.kill()
     run_ids.append(driver.start(where, "[n=500] [delay=0.03]"))
     time.sleep(1)
