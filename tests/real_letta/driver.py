@@ -44,7 +44,7 @@ class Driver:
 
     def __init__(self, url: str) -> None:
         # No retries: one that is repeated by itself could start a run twice.
-        self._client = Letta(base_url=url, api_key="unused", max_retries=0, timeout=60)
+        self._client = Letta(base_url=url, api_key="unused", max_retries=0, timeout=180)
 
     def close(self) -> None:
         """Close the connections."""
