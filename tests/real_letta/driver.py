@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +79,10 @@ class Driver:
     def run(self, run_id: str) -> Run:
         """What the server says of a run."""
         return self._client.runs.retrieve(run_id)
+
+    def run_ids(self, agent_ids: Iterable[str]) -> list[str]:
+        """All runs of these agents that the server knows."""
+        return [run.id for agent_id in agent_ids for run in self._client.runs.list(agent_id=agent_id, limit=1000).items]
 
     def messages(self, run_id: str) -> list[dict[str, Any]]:
         """What the server lists as the messages of a run, as it says it."""

@@ -55,29 +55,29 @@ def test_kills_lose_and_double_nothing(
     """
     seed = random.randrange(10**6)
     agents = [driver.make_agent(with_tool=True), driver.make_agent(), driver.make_agent()]
-    chats = [driver.make_conversation(agents[0]) for _ in range(5)]
+    chats = [driver.make_conversation(agents[0]) for _ in range(4)]
     direct = [Conversation(agent, None) for agent in agents[1:]]
     missed = [driver.start(where, prompt) for where in (chats[0], direct[0]) for prompt in BEFORE_THE_WORKER]
     log.wait_until_over(missed, 120)
 
     worker = make_worker(watch_all=True) if database.kind == "sqlite" else make_worker(agents=agents)
-    cancelled = _cancel_while_followed(worker, database, driver, log, chats[4])
+    cancelled = _cancel_while_followed(worker, database, driver, log, chats[3])
     talks = [
-        (chats[0], ["[n=300] [delay=0.03]", "[n=100] [delay=0.05] [pause=2@20]"]),
+        (chats[0], ["[n=300] [delay=0.03]", "[n=1000] [delay=0] [pause=3@500]"]),
         (chats[1], ["[tool=roll_dice] [think=60] [n=150] [delay=0.03]"]),
         (chats[2], [f"[n=300] [fail=200] [delay=0.03] [failmode={mode}]" for mode in ("close", "error", "status")]),
-        (chats[3], ["[n=1000] [delay=0] [pause=3@500]"]),
         (direct[0], ["[n=300] [delay=0.03] [quiet]"]),
     ]
     with Traffic(driver, log, talks) as traffic:
         campaign = Campaign(worker, database, log, traffic.run_ids, random.Random(seed))
         while campaign.probably_landed() < LANDED_PER_DATABASE + 1 and campaign.kills < MOST_KILLS:
             campaign.kill_once()
-            if campaign.kills % 3 == 0:
+            if campaign.kills % 3 == 1:
                 missed.append(driver.start(direct[1], WHILE_IT_IS_DOWN))
                 log.wait_until_over(missed, 120)
             tally.say(f"{database.kind}: kill {campaign.kills}, interrupted {len(campaign.interrupted[-1])} runs")
-    run_ids = [*missed, *cancelled, *traffic.run_ids()]
+    run_ids = driver.run_ids(agents)
+    assert not {*missed, *cancelled, *traffic.run_ids()} - set(run_ids)
     driver.wait(run_ids)
     started = time.monotonic()
     assert worker.catch_up() == 0, worker.log_tail()
