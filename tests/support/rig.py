@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from worker.observe import LogEvent
 
 SECRET = "sk-never-to-be-seen"
-QUICK = Patience(turn=0.05, silence=0.08, most_silence=0.3, ended=0.1, cancelled=0.25, record=0.2, streamless=600.0)
+# Long enough that a busy machine's hiccup is not taken for a silent server.
+QUICK = Patience(turn=0.05, silence=0.08, most_silence=0.3, ended=0.4, cancelled=0.6, record=0.2, streamless=600.0)
 EVERYTHING = Watch(is_all=True)
 EMPTY_FILE: list[bytes] = []
 UNHURRIED = patience._WaitForServer

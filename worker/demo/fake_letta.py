@@ -138,10 +138,11 @@ class FakeLetta:
         """Abort every open connection, idle or in the middle of an answer."""
         if self._runner is None or self._runner.server is None:
             return
-        for connection in list(self._runner.server.connections):
-            if connection.transport is not None:
-                connection.transport.abort()
-        await asyncio.sleep(0)
+        for _ in range(5):  # a connection accepted just now is only known some turns of the loop later
+            for connection in list(self._runner.server.connections):
+                if connection.transport is not None:
+                    connection.transport.abort()
+            await asyncio.sleep(0)
 
     async def restart(self) -> None:
         """Go away and come back on the same port; what Redis and the database hold is kept."""
