@@ -6,8 +6,11 @@
     discovery.py    which runs exist that are not finished in the store
     follower.py     life of one run: load cursor -> stream -> accept -> commit -> finish
     backfill.py     what the stream does not hold, over REST
+    checks.py  status.py  verify.py    what the commands of these names look at
     places.py       the few open streams the server can bear, shared fairly
     monitor.py      /healthz /readyz /metrics: what the outside may know
+    patience.py     every wait, with its reason
+    systemd.py      telling systemd how the service is
     config.py  errors.py  observe.py    leaves everybody outside core/ may use
     core/           pure: values in, values out
     letta/          edge: HTTP; speaks Chunk outward
