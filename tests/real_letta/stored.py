@@ -43,9 +43,13 @@ class Database:
         return bool(settled)
 
     def gaps(self, run_id: str) -> list[tuple[int, int | None]]:
-        """The recorded gaps of a run; one without a last number reaches to an end that nobody knows."""
-        ranges = self.fetch(f"SELECT first_seq_id, last_seq_id FROM gaps WHERE run_id = '{run_id}' ORDER BY 1")
-        return [(first, last) for first, last in ranges]
+        """The open gaps of a run; one without a last number reaches to an end that nobody knows."""
+        query = "SELECT first_seq_id, last_seq_id FROM gaps WHERE run_id = '{}' AND resolved_at IS NULL ORDER BY 1"
+        return [(first, last) for first, last in self.fetch(query.format(run_id))]
+
+    def closed_gap_count(self) -> int:
+        """How many gaps were recorded and closed again."""
+        return int(self.fetch("SELECT COUNT(*) FROM gaps WHERE resolved_at IS NOT NULL")[0][0])
 
     def cursors_ahead_of_rows(self) -> list[Record]:
         """The runs without a recorded gap whose cursor names more rows than there are (invariant I2): must be none."""

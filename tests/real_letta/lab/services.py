@@ -172,7 +172,8 @@ class LettaServer:
         self._environment = {
             **_BASE_ENVIRONMENT,
             "HOME": str(home),
-            "LETTA_PG_URI": postgres.url(self.database),
+            # Without asking for TLS first: it opens connections by the dozen, and now and then one hung for a minute.
+            "LETTA_PG_URI": f"{postgres.url(self.database)}?sslmode=disable",
             "LETTA_REDIS_HOST": "127.0.0.1",
             "LETTA_REDIS_PORT": str(redis.port),
             "LETTA_KEEPALIVE_INTERVAL": "1",
