@@ -185,12 +185,17 @@ def _print_report(report: Report) -> None:
     console.print(f"runs     {report.runs} ({states})")
     console.print(f"chunks   {report.chunks}")
     console.print(f"gaps     {report.runs_with_gaps} runs with something missing that the server no longer served")
-    console.print(f"messages {report.differing} complete runs whose stored messages differ from what was streamed")
+    console.print(
+        f"messages {len(report.differing)} complete runs whose messages on the server differ from what was streamed"
+    )
     if report.server_runs is not None:
         console.print(
             f"server   lists {report.server_runs} runs in scope; {len(report.unknown_runs)} missing here,"
             f" {report.undiscovered_runs} newer than the last sweep"
         )
+    for differing in report.differing:
+        for difference in differing.differences:
+            console.print(f"[yellow]DIFFERS[/]  {escape(printable(differing.run_id))}: {escape(printable(difference))}")
     for run in report.faulty:
         for fault in run.faults:
             console.print(f"[red]FAULT[/]    {escape(printable(run.run_id))}: {escape(printable(fault))}")

@@ -8,12 +8,15 @@ import asyncio
 import datetime as dt
 import enum
 import time
+from collections.abc import Sequence
 
 import msgspec
 import tenacity
 
 from worker import backfill
 from worker.core.chunks import Ping
+from worker.core.messages import Assembly, Comparison, Message, compare
+from worker.core.records import MessageRecord
 from worker.core.runlog import Accepted, RunLog
 from worker.errors import (
     NotFoundError,
@@ -306,31 +309,34 @@ class Follower:
             await self._last_commit
 
     async def _settle(self, missing: str | None) -> str:
-        """Store what REST has of the run, and, where the stream is gone for good, what is missing and why."""
+        """Store what REST has of the run and how it compares; where the stream is gone for good, what is missing."""
         found = await backfill.fetch(self._with.letta, self._record, self._with.patience, is_over=missing is None)
         self._record = found.record
         await self._committed()
-        write = RunWrite(
-            run_id=self._record.run_id,
-            at=dt.datetime.now(dt.UTC),
-            error=found.missing,
-            record=found.record,
-            messages=found.messages,
-            is_settled=True,
-        )
         if missing is not None:
-            write = await self._with_what_is_missing(write, missing)
-        await self._with.committer.commit(write)
-        stored = await self._with.reads.run(self._record.run_id)
-        state = stored.state if stored else "unknown"
-        self._with.metrics.runs_finished.labels(state=state).inc()
-        return state
+            await self._close(missing, state_without_log="backfilled" if found.messages else "unavailable")
+        stored = await self._with.reads.run(self._record.run_id) or self._run
+        streamed, comparison = await self._reconcile(stored.state, found.messages)
+        await self._with.committer.commit(
+            RunWrite(
+                run_id=self._record.run_id,
+                at=dt.datetime.now(dt.UTC),
+                error=found.missing,
+                record=found.record,
+                messages=found.messages,
+                streamed=streamed,
+                comparison=comparison,
+                is_settled=True,
+            )
+        )
+        self._with.metrics.runs_finished.labels(state=stored.state).inc()
+        return stored.state
 
-    async def _with_what_is_missing(self, write: RunWrite, missing: str) -> RunWrite:
+    async def _close(self, missing: str, state_without_log: str) -> None:
         """Close the run's log with a gap; the store says from where, because another worker may have gone further."""
         stored = await self._with.reads.run(self._record.run_id)
         if stored is None or stored.state not in UNFINISHED_STATES:
-            return write
+            return
         if stored.cursor > self._runlog.cursor:
             gaps = await self._with.reads.open_gaps(self._record.run_id)
             self._runlog = RunLog(self._record.run_id, stored.cursor, stored.chunk_count, gaps)
@@ -338,8 +344,22 @@ class Follower:
         accepted = self._runlog.take()
         if accepted is not None:
             self._log_losses(accepted)
-        if write.messages:
-            state = "backfilled"
-        else:
-            state = "incomplete" if accepted is not None and accepted.stored_count else "unavailable"
-        return msgspec.structs.replace(write, accepted=accepted, state=state)
+        is_partial = state_without_log == "unavailable" and accepted is not None and accepted.stored_count
+        state = "incomplete" if is_partial else state_without_log
+        await self._with.committer.commit(RunWrite(self._record.run_id, dt.datetime.now(dt.UTC), state, accepted))
+
+    async def _reconcile(
+        self, state: str, listed: Sequence[MessageRecord]
+    ) -> tuple[Sequence[Message], Comparison | None]:
+        """What the stored chunks say, where the server lists no messages; and, of a complete run, how they compare."""
+        if listed and state != "complete":
+            return (), None
+        assembly = Assembly()
+        async for page in self._with.reads.payloads(self._record.run_id):
+            for seq_id, payload in page:
+                assembly.add(seq_id, payload)
+        streamed = assembly.messages()
+        comparison = compare(streamed, listed) if state == "complete" else None
+        if comparison is not None and comparison.verdict == "differs":
+            self._log.warning("run.differs", differences=comparison.differences)
+        return () if listed else streamed, comparison

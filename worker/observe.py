@@ -25,6 +25,7 @@ LogEvent = Literal[
     "run.gap_found",  # numbers the server does not serve any more
     "run.rejected",  # bytes that could not become a row were kept in rejects
     "run.address_changed",  # the conversation endpoint ignores run_id; the run's own endpoint is used
+    "run.differs",  # all chunks are stored, but the server's messages of the run say something else
     "run.finished",  # one wide line per run: state, chunks, reconnects, seconds
     "database.unavailable",  # a commit failed and is tried again; reading stops by itself
     "database.recovered",  # commits go through again

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker import app
 from worker.config import Config
-from worker.core.messages import assemble, compare
+from worker.core.messages import Assembly, Comparison, compare
 from worker.core.soundness import faults_of
 from worker.discovery import Watch
 from worker.letta.client import LettaClient
@@ -29,6 +29,13 @@ class RunReport(msgspec.Struct, frozen=True):
     missing: Sequence[str]
 
 
+class DifferingRun(msgspec.Struct, frozen=True):
+    """A run whose chunks are all there, but whose messages on the server say something else, and in what."""
+
+    run_id: str
+    differences: Sequence[str]
+
+
 class Report(msgspec.Struct):
     """The whole result. It is sound when no run has faults and the server has no run we do not know."""
 
@@ -36,8 +43,8 @@ class Report(msgspec.Struct):
     chunks: int = 0
     states: dict[str, int] = {}
     runs_with_gaps: int = 0
-    differing: int = 0
-    """Complete runs whose messages differ from what was streamed."""
+    differing: list[DifferingRun] = []
+    """Complete runs whose messages say something else than what was streamed."""
     faulty: list[RunReport] = []
     unknown_runs: list[str] = []
     """Runs the server lists in the watched scope that are not stored."""
@@ -68,20 +75,30 @@ async def verify(config: Config, *, with_server: bool, progress: Callable[[int, 
 
 
 def _count(report: Report, dossier: Dossier) -> None:
-    found = inspect(dossier)
+    comparison = _compare(dossier)
+    found = inspect(dossier, comparison)
     report.runs += 1
     report.chunks += found.chunks
     report.states[found.state] = report.states.get(found.state, 0) + 1
     report.runs_with_gaps += bool(found.missing)
     if found.faults:
         report.faulty.append(found)
-    if found.state == "complete":
-        streamed = assemble((chunk.seq_id, chunk.payload) for chunk in dossier.chunks)
-        report.differing += compare(streamed, dossier.messages).verdict == "differs"
+    if comparison is not None and comparison.verdict == "differs":
+        report.differing.append(DifferingRun(found.run_id, comparison.differences))
 
 
-def inspect(dossier: Dossier) -> RunReport:
-    """Check one run (I1, I2, I5, I7)."""
+def _compare(dossier: Dossier) -> Comparison | None:
+    """What the stored chunks say against the stored messages; None while there is nothing to compare yet."""
+    if dossier.run.state != "complete" or not dossier.is_settled:
+        return None
+    assembly = Assembly()
+    for chunk in dossier.chunks:
+        assembly.add(chunk.seq_id, chunk.payload)
+    return compare(assembly.messages(), dossier.messages)
+
+
+def inspect(dossier: Dossier, comparison: Comparison | None) -> RunReport:
+    """Check one run (I1, I2, I5, I7), and that its stored verdict is the one its chunks and messages give."""
     run = dossier.run
     open_gaps = [gap for gap in dossier.gaps if gap.is_open]
     faults = faults_of(
@@ -94,6 +111,8 @@ def inspect(dossier: Dossier) -> RunReport:
     )
     if run.state not in UNFINISHED_STATES and run.state != "complete" and not open_gaps:
         faults.append(f"the run is {run.state}, but no gap says what is missing")
+    if comparison is not None and run.verdict not in {None, comparison.verdict}:
+        faults.append(f"the stored verdict is {run.verdict}, but chunks and messages say: {comparison.verdict}")
     missing = [f"{gap.first_seq_id}-{gap.last_seq_id or '?'} ({gap.cause})" for gap in open_gaps]
     return RunReport(run.record.run_id, run.state, len(dossier.chunks), faults, missing)
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+HEAD = "0002"
+
 
 @pytest.fixture
 async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
@@ -64,7 +66,7 @@ def _plain(value: Any) -> str:
 
 async def test_the_migrations_make_what_the_code_uses(engine: AsyncEngine) -> None:
     """I7: Upgrading an empty database gives the tables of tables.py: columns, keys, checks and indexes."""
-    assert await schema.upgrade(engine) == (None, "0001")
+    assert await schema.upgrade(engine) == (None, HEAD)
     async with engine.connect() as connection:
         found = await connection.run_sync(
             lambda c: compare_metadata(
@@ -94,7 +96,7 @@ async def test_down_and_up_again(engine: AsyncEngine) -> None:
         await connection.run_sync(lambda c: command.downgrade(_config(c), "base"))
     assert await definitions(engine) == set()
     assert await schema.current_revision(engine) is None
-    assert await schema.upgrade(engine) == (None, "0001")
+    assert await schema.upgrade(engine) == (None, HEAD)
     assert await definitions(engine) == first
 
 
@@ -105,7 +107,7 @@ async def test_upgrading_twice_is_harmless(engine: AsyncEngine) -> None:
         await connection.execute(
             sa.text("INSERT INTO discovery (scope, updated_at) VALUES ('*', '2026-01-01 00:00:00')")
         )
-    assert await schema.upgrade(engine) == ("0001", "0001")
+    assert await schema.upgrade(engine) == (HEAD, HEAD)
     await schema.require_current(engine)
     async with engine.connect() as connection:
         assert (await connection.execute(sa.text("SELECT count(*) FROM discovery"))).scalar() == 1
@@ -133,8 +135,8 @@ def with_another_step(tmp_path: Path, body: str) -> Path:
     """The migrations as a next version may bring them."""
     migrations = tmp_path / "migrations"
     shutil.copytree(schema._migrations(), migrations, ignore=shutil.ignore_patterns("__pycache__"))
-    (migrations / "versions" / "0002_next.py").write_text(
-        f'from alembic import op\nrevision = "0002"\ndown_revision = "0001"\n\ndef upgrade():\n    {body}\n'
+    (migrations / "versions" / "0003_next.py").write_text(
+        f'from alembic import op\nrevision = "0003"\ndown_revision = "{HEAD}"\n\ndef upgrade():\n    {body}\n'
     )
     return migrations
 
@@ -144,10 +146,34 @@ async def test_an_old_schema_is_upgraded(engine: AsyncEngine, tmp_path: Path, mo
     await schema.upgrade(engine)
     migrations = with_another_step(tmp_path, 'op.execute("CREATE TABLE more (a int)")')
     monkeypatch.setattr(schema, "_migrations", lambda: migrations)
-    with pytest.raises(RefusedError, match="is at 0001, this version needs 0002: run `letta-ingest migrate`"):
+    with pytest.raises(RefusedError, match="is at 0002, this version needs 0003: run `letta-ingest migrate`"):
         await schema.require_current(engine)
-    assert await schema.upgrade(engine) == ("0001", "0002")
+    assert await schema.upgrade(engine) == (HEAD, "0003")
     await schema.require_current(engine)
+
+
+async def test_what_the_first_schema_held_is_kept(engine: AsyncEngine) -> None:
+    """I1: A database of the first schema keeps its rows through the upgrade, and the views show them."""
+    async with engine.begin() as connection:
+        await connection.run_sync(lambda c: command.upgrade(_config(c), "0001"))
+        now = "'2026-01-01 00:00:00'"
+        await connection.execute(
+            sa.text(
+                "INSERT INTO runs (run_id, conversation_id, created_at, state, last_seq_id, chunk_count, discovered_at,"
+                f" updated_at, settled_at) VALUES ('run-1', 'conv-1', {now}, 'complete', 3, 3, {now}, {now}, {now})"
+            )
+        )
+        await connection.execute(
+            sa.text(
+                "INSERT INTO messages (run_id, message_id, part, position, message_type, text, payload, stored_at)"
+                f" VALUES ('run-1', 'message-1', 'user_message', 0, 'user_message', 'hi', '{{}}', {now})"
+            )
+        )
+    assert await schema.upgrade(engine) == ("0001", HEAD)
+    await schema.require_current(engine)
+    async with engine.connect() as connection:
+        said = await connection.execute(sa.text("SELECT speaker, text, completeness FROM transcript"))
+        assert [tuple(row) for row in said] == [("user", "hi", "complete")]
 
 
 async def test_an_upgrade_that_fails_leaves_nothing(

@@ -212,7 +212,7 @@ async def test_a_refusal_ends_the_committer_and_is_told_to_all(store: Store) -> 
     async with committing(store) as at_work:
         await at_work.committer.commit(known("run-1"))
         async with store.engine.begin() as connection:
-            await connection.execute(sa.text("DROP TABLE chunks"))
+            await connection.execute(sa.text("ALTER TABLE chunks RENAME TO elsewhere"))
         first = await at_work.committer.submit(lot("run-1", 1, 1))
         second = await at_work.committer.submit(lot("run-1", 2, 2))
         with pytest.raises(RefusedError, match=r"refuses to store.*chunks"):

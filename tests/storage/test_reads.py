@@ -104,6 +104,6 @@ async def test_an_outage_is_told_or_waited_out(own_postgres: PostgresServer) -> 
 async def test_a_missing_table_is_told(store: Store) -> None:
     """I7: Even a patient reader does not wait for a table to appear."""
     async with store.engine.begin() as connection:
-        await connection.execute(sa.text("DROP TABLE gaps"))
-    with pytest.raises(RefusedError, match=r"cannot be read.*gaps"):
-        await Reads(store.engine, is_patient=True).open_gaps("run-1")
+        await connection.execute(sa.text("DROP TABLE discovery"))
+    with pytest.raises(RefusedError, match=r"cannot be read.*discovery"):
+        await Reads(store.engine, is_patient=True).discovery_state()

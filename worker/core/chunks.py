@@ -15,6 +15,8 @@ MAX_SEQ_ID = 2**31 - 1
 """Larger numbers are refused as absurd: a run lives three hours, which would be 200,000 chunks a second."""
 MAX_COLUMN_CHARS = 255
 """Longer ids stay in the payload only: an index entry has a size limit."""
+MAX_SLOWLY_READ = 4 * 1024 * 1024
+"""Characters of the largest payload the standard library reads: it takes thirty times the memory, in one go (I8)."""
 
 
 class Chunk(msgspec.Struct, frozen=True, gc=False):
@@ -87,7 +89,8 @@ def parse(event: SseEvent) -> Event:
     head = _read_head(payload)
     if head is None:
         is_reader_event = event.event not in {"", "message"}
-        return ServerError(payload[:500]) if is_reader_event else Unparsable(event.data, "not a JSON object")
+        reason = "not a JSON object" if len(payload) <= MAX_SLOWLY_READ else "not JSON, or too large for us to be sure"
+        return ServerError(payload[:500]) if is_reader_event else Unparsable(event.data, reason)
     if event.event not in {"", "message"} and head.message_type is None:
         return ServerError(payload[:500])
     return _classify(payload, head, is_error=event.event == "error")
@@ -101,6 +104,12 @@ def _classify(payload: str, head: _Head, *, is_error: bool) -> Chunk | Ping | Un
         if not is_ping:
             return Unparsable(payload.encode(), f"seq_id is not a whole number from 1 to {MAX_SEQ_ID}")
         seq_id = None
+    run_id = _column(head.run_id)
+    if run_id is None and head.run_id is not None:
+        # No run of ours: a run whose id is no such text is never followed. Taken for ours it would be a wrong row.
+        if not is_ping:
+            return Unparsable(payload.encode(), "run_id is not the id of a run")
+        seq_id = None
     chunk = Chunk(
         payload,
         seq_id,
@@ -108,7 +117,7 @@ def _classify(payload: str, head: _Head, *, is_error: bool) -> Chunk | Ping | Un
         _column(head.id),
         _column(head.otid),
         _column(head.step_id),
-        _column(head.run_id),
+        run_id,
         is_error and message_type == "error_message",
     )
     return Ping(chunk) if is_ping else chunk
@@ -118,7 +127,8 @@ def _read_head(payload: str) -> _Head | None:
     try:
         return _decode_head(payload)
     except (msgspec.MsgspecError, RecursionError):
-        pass
+        if len(payload) > MAX_SLOWLY_READ:
+            return None
     # The standard library also reads what msgspec refuses and Letta may send: lone surrogates, NaN. Of bytes it
     # would also guess UTF-16, and let through raw NULs, which no PostgreSQL text can hold.
     try:

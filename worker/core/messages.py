@@ -1,10 +1,11 @@
-"""Chunks of a run -> messages, and whether they say the same as the messages REST lists. Used by follower and verify.
+"""Chunks of a run -> messages, and whether they say the same as the messages REST lists.
 
-All chunks of one message share its id and otid; text and tool arguments come as deltas (letta-protocol f).
+All chunks of one message share its id and otid; text and tool arguments come as deltas (letta-protocol f). Used by
+follower.py when a run is over and by verify.py; letta/answers.py reads the text of listed messages by the same rule.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -25,18 +26,24 @@ STREAMED_TYPES = frozenset(
     }
 )
 """What is both streamed and stored; prompts are only stored, pings and statistics only streamed."""
+MAX_DIFFERENCES = 10
 
 
-class Message(msgspec.Struct):
-    """One message put together from its chunks."""
+class Message(msgspec.Struct, frozen=True):
+    """One message as its chunks say it: text, or the name and the arguments of a tool call."""
 
     message_id: str
     message_type: str
-    otid: str | None
-    first_seq_id: int
+    otid: str | None = None
+    first_seq_id: int = 0
     text: str = ""
     tool_name: str = ""
     tool_arguments: str = ""
+
+    @property
+    def as_said(self) -> str:
+        """What a reader of the conversation is shown, as a database can hold it."""
+        return storable(f"{self.tool_name}({self.tool_arguments})" if self.tool_name else self.text)
 
 
 class Comparison(msgspec.Struct, frozen=True):
@@ -46,38 +53,114 @@ class Comparison(msgspec.Struct, frozen=True):
     differences: Sequence[str] = ()
 
 
-def assemble(payloads: Iterable[tuple[int, str]]) -> list[Message]:
-    """Put messages together from a run's (seq_id, payload) pairs, in the order of their first chunks."""
-    messages: dict[tuple[str, str], Message] = {}
-    for seq_id, payload in payloads:
-        fields = _fields(payload)
-        message_id, message_type = fields.get("id"), fields.get("message_type")
-        if message_type not in STREAMED_TYPES or not isinstance(message_id, str):
-            continue
-        otid = fields.get("otid")
-        new = Message(message_id, message_type, otid if isinstance(otid, str) else None, seq_id)
-        _add(messages.setdefault(_key(new.message_id, new.otid, new.message_type), new), fields)
-    return list(messages.values())
+class Assembly:
+    """Puts the messages of one run together; add its payloads in the order of their numbers."""
+
+    def __init__(self) -> None:
+        self._messages: dict[tuple[str, str], _Parts] = {}
+
+    def add(self, seq_id: int, payload: str) -> None:
+        """Take in one chunk. What belongs to no message, or cannot be read, is passed over."""
+        body = _read(payload)
+        if not isinstance(body.id, str) or _string(body.message_type) not in STREAMED_TYPES:
+            return
+        key = body.id, _string(body.otid) or body.message_type
+        parts = self._messages.get(key)
+        if parts is None:
+            parts = self._messages[key] = _Parts(seq_id, body)
+        parts.add(body)
+
+    def messages(self) -> list[Message]:
+        """The messages so far, in the order of their first chunks."""
+        return [parts.joined() for parts in self._messages.values()]
 
 
-def compare(assembled: Sequence[Message], stored: Sequence[MessageRecord]) -> Comparison:
+def compare(streamed: Sequence[Message], stored: Sequence[MessageRecord]) -> Comparison:
     """Hold what was streamed against what the server stored of a complete run."""
     if not stored:
         return Comparison("unmatched")
-    listed = {
-        _key(record.message_id, record.otid, record.message_type or ""): _read(record)
-        for record in stored
-        if record.message_type in STREAMED_TYPES
-    }
+    listed = {_key_of(message): message for message in map(_message_of, stored) if message is not None}
     differences = []
-    for message in assembled:
-        other = listed.pop(_key(message.message_id, message.otid, message.message_type), None)
+    for message in streamed:
+        other = listed.pop(_key_of(message), None)
         if other is None:
             differences.append(f"{message.message_type} {message.message_id} was streamed, but is not stored")
         else:
             differences += _differences(message, other)
     differences += [f"{m.message_type} {m.message_id} is stored, but was not streamed" for m in listed.values()]
-    return Comparison("differs" if differences else "agrees", differences[:10])
+    return Comparison("differs" if differences else "agrees", differences[:MAX_DIFFERENCES])
+
+
+def text_of(fields: Mapping[str, Any]) -> str | None:
+    """What a message, or one chunk of it, says; None when that is nothing."""
+    for name in _TEXTS:
+        value = fields.get(name)
+        if isinstance(value, str):
+            return value
+        if isinstance(value, list):  # content parts
+            texts = [part.get("text") for part in value if isinstance(part, dict)]
+            return "".join(text for text in texts if isinstance(text, str))
+    call = fields.get("tool_call")
+    return f"{_string(call.get('name'))}({_string(call.get('arguments'))})" if isinstance(call, dict) else None
+
+
+def storable(text: str) -> str:
+    """Text as a database column can hold it; payloads keep the original."""
+    return text.replace("\x00", "").encode("utf-8", "replace").decode()
+
+
+_TEXTS = ("content", "reasoning", "tool_return")
+
+
+class _Body(msgspec.Struct, gc=False):
+    """The fields of a payload that say something; the rest is skipped, not decoded."""
+
+    message_type: Any = None
+    id: Any = None
+    otid: Any = None
+    content: Any = None
+    reasoning: Any = None
+    tool_return: Any = None
+    tool_call: Any = None
+
+
+_decode_body = msgspec.json.Decoder(_Body).decode
+
+
+class _Parts:
+    """A message while its chunks come in."""
+
+    def __init__(self, seq_id: int, first: _Body) -> None:
+        self._message = Message(first.id, first.message_type, _string(first.otid) or None, seq_id)
+        self._texts: list[str] = []
+        self._names: list[str] = []
+        self._arguments: list[str] = []
+
+    def add(self, body: _Body) -> None:
+        if isinstance(body.tool_call, dict):
+            self._names.append(_string(body.tool_call.get("name")))
+            self._arguments.append(_string(body.tool_call.get("arguments")))
+        else:
+            self._texts.append(text_of({name: getattr(body, name) for name in _TEXTS}) or "")
+
+    def joined(self) -> Message:
+        return msgspec.structs.replace(
+            self._message,
+            text="".join(self._texts),
+            tool_name="".join(self._names),
+            tool_arguments="".join(self._arguments),
+        )
+
+
+def _message_of(record: MessageRecord) -> Message | None:
+    """A listed message as one that was streamed; None for what is never streamed."""
+    assembly = Assembly()
+    assembly.add(0, record.payload)
+    return next(iter(assembly.messages()), None)
+
+
+def _key_of(message: Message) -> tuple[str, str]:
+    return message.message_id, message.otid or message.message_type
 
 
 def _differences(streamed: Message, stored: Message) -> list[str]:
@@ -89,39 +172,19 @@ def _differences(streamed: Message, stored: Message) -> list[str]:
     ]
 
 
-def _read(record: MessageRecord) -> Message:
-    message = Message(record.message_id, record.message_type or "", record.otid, 0)
-    _add(message, _fields(record.payload))
-    return message
+def _string(value: object) -> str:
+    return value if isinstance(value, str) else ""
 
 
-def _key(message_id: str, otid: str | None, message_type: str) -> tuple[str, str]:
-    return message_id, otid or message_type
-
-
-def _add(message: Message, fields: dict[str, Any]) -> None:
-    message.text += _text(fields)
-    call = fields.get("tool_call")
-    if isinstance(call, dict):
-        message.tool_name += call.get("name") or ""
-        message.tool_arguments += call.get("arguments") or ""
-
-
-def _text(fields: dict[str, Any]) -> str:
-    for name in ("content", "reasoning", "tool_return"):
-        value = fields.get(name)
-        if isinstance(value, str):
-            return value
-        if isinstance(value, list):  # content parts
-            return "".join(
-                part["text"] for part in value if isinstance(part, dict) and isinstance(part.get("text"), str)
-            )
-    return ""
-
-
-def _fields(payload: str) -> dict[str, Any]:
+def _read(payload: str) -> _Body:
     try:
+        return _decode_body(payload)
+    except (msgspec.MsgspecError, RecursionError):
+        pass
+    try:  # the standard library also reads lone surrogates and NaN, which chunks.py lets through
         fields = json.loads(payload)
     except (ValueError, RecursionError):
-        return {}
-    return fields if isinstance(fields, dict) else {}
+        return _Body()
+    return (
+        _Body(**{name: fields.get(name) for name in _Body.__struct_fields__}) if isinstance(fields, dict) else _Body()
+    )

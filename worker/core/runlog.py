@@ -105,6 +105,7 @@ class RunLog:
         self._is_own = is_by_run
         self._asked_after = self._anchor = self.cursor
         self._tail: list[Chunk | Unparsable] = []
+        self._tail_bytes = 0
         self._is_tail_broken = False
         self._holds_unknown = False
         self._confirming_at = self.cursor if self._held else None
@@ -205,8 +206,9 @@ class RunLog:
     def _await_number(self, event: Chunk | Unparsable) -> None:
         """Keep an event without a number until a later one proves which number it holds."""
         self._holds_unknown = self._holds_unknown or isinstance(event, Unparsable)
+        self._tail_bytes = _size(event) + (self._tail_bytes if self._tail else 0)
         self._tail.append(event)
-        if len(self._tail) <= MAX_UNNUMBERED and sum(map(_size, self._tail)) <= MAX_UNNUMBERED_BYTES:
+        if len(self._tail) <= MAX_UNNUMBERED and self._tail_bytes <= MAX_UNNUMBERED_BYTES:
             return
         self._is_tail_broken = True
         if self._is_own:

@@ -6,6 +6,9 @@ from typing import Protocol
 from worker.core.chunks import Chunk, Ping, parse
 from worker.core.sse import SseEvent
 
+Range = tuple[int, int]
+"""The first and the last number."""
+
 
 class Numbered(Protocol):
     """A stored chunk."""
@@ -49,17 +52,17 @@ def faults_of(
     `chunks` are in the order of their numbers. A run that is being followed may hold rows beyond its cursor.
     """
     faults = []
-    numbers = {chunk.seq_id for chunk in chunks}
-    missing = set(range(1, cursor + 1)) - numbers
-    explained = {n for n in missing for gap in open_gaps if gap.first_seq_id <= n <= (gap.last_seq_id or cursor)}
-    if unexplained := sorted(missing - explained):
-        faults.append(f"the cursor is {cursor}, but {_ranges(unexplained)} are neither stored nor a gap")
+    numbers = [chunk.seq_id for chunk in chunks]
+    holes = _holes(numbers, cursor)
+    # Ranges, never sets of numbers: a server may have named a number of two thousand millions.
+    if unexplained := _without(holes, [(gap.first_seq_id, gap.last_seq_id or cursor) for gap in open_gaps]):
+        faults.append(f"the cursor is {cursor}, but {_in_words(unexplained)} are neither stored nor a gap")
     if min(numbers, default=1) < 1:
         faults.append("there is a row with a number below 1")
     stored = sum(1 for number in numbers if number <= cursor)
     if chunk_count != stored:
         faults.append(f"chunk_count is {chunk_count}, but {stored} rows are stored up to the cursor")
-    if state == "complete" and (missing or open_gaps):
+    if state == "complete" and (holes or open_gaps):
         faults.append("the run is called complete, but something is missing")
     if state == "complete" and max(numbers, default=cursor) > cursor:
         faults.append("the run is called complete, but there are rows behind its last number")
@@ -78,12 +81,28 @@ def _fault_of_row(run_id: str, stored: Numbered) -> str | None:
     return None if is_right else f"the payload of {stored.seq_id} ({stored.seq_source}) carries number {chunk.seq_id}"
 
 
-def _ranges(numbers: Sequence[int], shown: int = 5) -> str:
-    ranges: list[list[int]] = []
-    for number in numbers:
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
+def _holes(numbers: Sequence[int], cursor: int) -> list[Range]:
+    """The ranges between 1 and the cursor that are not among these ascending numbers."""
+    holes, expected = [], 1
+    for number in (*(n for n in numbers if n <= cursor), cursor + 1):
+        if number > expected:
+            holes.append((expected, number - 1))
+        expected = number + 1
+    return holes
+
+
+def _without(ranges: Sequence[Range], explained: Sequence[Range]) -> list[Range]:
+    """What is left of the ranges when these are taken away from them."""
+    for first, last in explained:
+        ranges = [
+            part
+            for begin, end in ranges
+            for part in ((begin, min(end, first - 1)), (max(begin, last + 1), end))
+            if part[0] <= part[1]
+        ]
+    return list(ranges)
+
+
+def _in_words(ranges: Sequence[Range], shown: int = 5) -> str:
     text = ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in ranges[:shown])
     return text + (f" and {len(ranges) - shown} more ranges" if len(ranges) > shown else "")

@@ -7,13 +7,15 @@ httpx-sse is the oracle this decoder is tested against.
 import msgspec
 
 _BOM = b"\xef\xbb\xbf"
+MAX_LINES = 10_000
+"""An event of more lines is over the limit like a too large one: each costs many times its bytes (I8)."""
 
 
 class SseEvent(msgspec.Struct, frozen=True, gc=False):
     """One event as framed on the wire.
 
-    `data` is the text after `data: ` as bytes, several data lines joined by LF. Of an event over the size limit only
-    its first bytes are kept, from `data:` on, and `is_oversized` is set.
+    `data` is the text after `data: ` as bytes, several data lines joined by LF. Of an event over the limit, in bytes
+    or in lines, only its first bytes are kept, from `data:` on, and `is_oversized` is set.
     """
 
     data: bytes
@@ -56,7 +58,7 @@ class SseDecoder:
                 self._is_skipping = False
             elif len(event_bytes) > self._max_event_bytes:
                 events.append(self._oversized(event_bytes))
-            elif (event := _parse_block(event_bytes)) is not None:
+            elif (event := self._event_of(event_bytes)) is not None:
                 events.append(event)
         return events + self._refuse_when_too_long()
 
@@ -92,20 +94,21 @@ class SseDecoder:
         self._is_skipping = True
         return [self._oversized(event_bytes), *self._refuse_when_too_long()]
 
+    def _event_of(self, block: bytes) -> SseEvent | None:
+        if block.startswith(b"data: ") and b"\n" not in block:
+            return SseEvent(block[6:])
+        if block.count(b"\n") >= MAX_LINES:
+            return self._oversized(block)
+        name = ""
+        data: list[bytes] = []
+        for line in block.split(b"\n"):
+            field, _, value = line.partition(b":")
+            value = value.removeprefix(b" ")
+            if field == b"data":
+                data.append(value)
+            elif field == b"event":
+                name = value.decode("utf-8", "replace")
+        return SseEvent(b"\n".join(data), name) if data else None
+
     def _oversized(self, event_bytes: bytes | bytearray) -> SseEvent:
         return SseEvent(bytes(event_bytes[: self._kept_of_oversized]), is_oversized=True)
-
-
-def _parse_block(block: bytes) -> SseEvent | None:
-    if block.startswith(b"data: ") and b"\n" not in block:
-        return SseEvent(block[6:])
-    name = ""
-    data: list[bytes] = []
-    for line in block.split(b"\n"):
-        field, _, value = line.partition(b":")
-        value = value.removeprefix(b" ")
-        if field == b"data":
-            data.append(value)
-        elif field == b"event":
-            name = value.decode("utf-8", "replace")
-    return SseEvent(b"\n".join(data), name) if data else None

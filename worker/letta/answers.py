@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from worker.core.chunks import MAX_COLUMN_CHARS
+from worker.core.messages import storable, text_of
 from worker.core.records import MessageRecord, RunRecord
 from worker.errors import (
     BadRequestError,
@@ -105,7 +106,6 @@ def _run(fields: dict[str, Any]) -> RunRecord:
         raise TroubleError("the server lists a run without id or created_at")
     background = fields.get("background")
     metadata = fields.get("metadata")
-    error = metadata.get("error") if isinstance(metadata, dict) else None
     return RunRecord(
         run_id=run_id,
         created_at=created_at,
@@ -115,18 +115,22 @@ def _run(fields: dict[str, Any]) -> RunRecord:
         background=background if isinstance(background, bool) else None,
         stop_reason=_text(fields.get("stop_reason")),
         completed_at=_time(fields.get("completed_at")),
-        # An object for a failure while streaming, a string for one at the start (letta-protocol e).
-        error=None
-        if error is None
-        else _clean(error if isinstance(error, str) else json.dumps(error, ensure_ascii=False, separators=(",", ":"))),
+        error=_error(metadata.get("error") if isinstance(metadata, dict) else None),
     )
+
+
+def _error(value: object) -> str | None:
+    """An object for a failure while streaming, a string for one at the start (letta-protocol e)."""
+    if value is None:
+        return None
+    return storable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":")))
 
 
 def _message(payload: bytes, fields: dict[str, Any]) -> MessageRecord:
     message_id = _text(fields.get("id"))
     if not message_id:
         raise TroubleError("the server lists a message without id")
-    text = fields.get("content", fields.get("reasoning"))
+    text = text_of(fields)
     return MessageRecord(
         message_id=message_id,
         payload=payload.decode(),
@@ -134,7 +138,7 @@ def _message(payload: bytes, fields: dict[str, Any]) -> MessageRecord:
         otid=_text(fields.get("otid")),
         step_id=_text(fields.get("step_id")),
         date=_time(fields.get("date")),
-        text=_clean(text) if isinstance(text, str) else None,
+        text=storable(text) if text is not None else None,
     )
 
 
@@ -193,12 +197,7 @@ def _detail(body: bytes) -> str:
 def _text(value: object) -> str | None:
     if not isinstance(value, str) or len(value) > MAX_COLUMN_CHARS:
         return None
-    return value if _clean(value) == value else None
-
-
-def _clean(text: str) -> str:
-    """Text as a database column can hold it; the payload keeps the original."""
-    return text.replace("\x00", "").encode("utf-8", "replace").decode()
+    return value if storable(value) == value else None
 
 
 def _time(value: object) -> dt.datetime | None:

@@ -38,6 +38,7 @@ class Dossier(msgspec.Struct, frozen=True):
     chunks: Sequence[StoredChunk]
     gaps: Sequence[StoredGap]
     messages: Sequence[MessageRecord]
+    is_settled: bool
 
 
 class Audit:
@@ -99,4 +100,5 @@ async def _dossier(connection: AsyncConnection, run_id: str) -> Dossier:
             MessageRecord(row.message_id, row.payload, row.message_type, row.otid, row.step_id, row.date, row.text)
             for row in await connection.execute(listed)
         ],
+        is_settled=run.settled_at is not None,
     )

@@ -1,7 +1,7 @@
 """What the store knows: what is unfinished, where discovery stands, figures for `status`. Never disturbs a writer."""
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
@@ -16,6 +16,8 @@ from worker.storage.engine import describe, is_outage, is_refusal, outage_retrie
 from worker.storage.tables import chunks, discovery, gaps, rejects, runs
 from worker.storage.writes import POSITION_SCOPE
 
+PAYLOADS_A_PAGE = 1000
+
 
 class StoredRun(msgspec.Struct, frozen=True):
     """A run as the store knows it."""
@@ -25,6 +27,7 @@ class StoredRun(msgspec.Struct, frozen=True):
     cursor: int
     chunk_count: int
     updated_at: dt.datetime
+    verdict: str | None = None
 
 
 class DiscoveryState(msgspec.Struct, frozen=True):
@@ -62,6 +65,18 @@ class Reads:
         """One run, or None."""
         rows = await self._all(sa.select(runs).where(runs.c.run_id == run_id))
         return stored_run(rows[0]) if rows else None
+
+    async def payloads(self, run_id: str) -> AsyncIterator[Sequence[tuple[int, str]]]:
+        """The (seq_id, payload) of all stored chunks of a run in the order of their numbers, a page at a time."""
+        after = 0
+        while True:
+            query = sa.select(chunks.c.seq_id, chunks.c.payload).where(chunks.c.run_id == run_id)
+            page = query.where(chunks.c.seq_id > after).order_by(chunks.c.seq_id).limit(PAYLOADS_A_PAGE)
+            rows = await self._all(page)
+            yield rows
+            if len(rows) < PAYLOADS_A_PAGE:
+                return
+            after = rows[-1].seq_id
 
     async def open_gaps(self, run_id: str) -> list[Gap]:
         """The gaps of a run that are not resolved."""
@@ -111,4 +126,4 @@ class Reads:
 def stored_run(row: Any) -> StoredRun:
     """A row of `runs` as a value."""
     record = RunRecord(**{name: getattr(row, name) for name in RunRecord.__struct_fields__})
-    return StoredRun(record, row.state, row.last_seq_id, row.chunk_count, row.updated_at)
+    return StoredRun(record, row.state, row.last_seq_id, row.chunk_count, row.updated_at, row.verdict)

@@ -70,6 +70,8 @@ runs = Table(
     Column("discovered_at", UtcDateTime, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
     Column("settled_at", UtcDateTime),
+    Column("verdict", Text),
+    Column("verdict_detail", Text),
     CheckConstraint(f"state IN ({', '.join(repr(s) for s in STATES)})", name="state"),
     Index(None, "conversation_id", "created_at"),
     Index(None, "agent_id", "created_at"),
@@ -144,6 +146,19 @@ messages = Table(
     # The reasoning and the reply of one step share message_id; `part` (otid, else message_type) tells them apart.
     PrimaryKeyConstraint("run_id", "message_id", "part"),
 )
+
+streamed_messages = Table(
+    "streamed_messages",
+    metadata,
+    Column("run_id", Text, nullable=False),
+    Column("first_seq_id", BigInteger, nullable=False),
+    Column("message_id", Text, nullable=False),
+    Column("message_type", Text, nullable=False),
+    Column("otid", Text),
+    Column("text", Text, nullable=False),
+    PrimaryKeyConstraint("run_id", "first_seq_id"),
+)
+"""What the chunks of a run say, for runs of which the server lists no messages: cancelled, failed, deleted."""
 
 discovery = Table(
     "discovery",

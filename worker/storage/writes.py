@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from worker.core.messages import Comparison, Message, storable
 from worker.core.records import ENDED_STATUSES, MessageRecord, RunRecord
 from worker.core.runlog import Accepted
 from worker.storage import tables
@@ -30,12 +31,15 @@ class RunWrite(msgspec.Struct, frozen=True):
     error: str | None = None
     record: RunRecord | None = None
     messages: Sequence[MessageRecord] = ()
+    streamed: Sequence[Message] = ()
+    comparison: Comparison | None = None
     is_settled: bool = False
 
     @property
     def size(self) -> int:
         """Roughly the bytes it keeps in memory until it is committed."""
         size = 200 + sum(200 + 2 * len(message.payload) for message in self.messages)
+        size += sum(200 + len(message.as_said) for message in self.streamed)
         if self.accepted is not None:
             size += sum(200 + len(row.chunk.payload) for row in self.accepted.rows)
             size += sum(200 + len(reject.raw) for reject in self.accepted.rejects)
@@ -193,11 +197,14 @@ async def _write_rejects(connection: AsyncConnection, dialect: Dialect, writes: 
 
 
 async def _write_record(connection: AsyncConnection, dialect: Dialect, w: RunWrite) -> None:
-    """What the server's record says of the run, and its messages, in the order REST lists them."""
+    """What the server's record says of the run, its messages in the order REST lists them, and the verdict."""
     run = sa.update(tables.runs).where(tables.runs.c.run_id == w.run_id)
     if w.record is not None:
         read = {name: getattr(w.record, name) for name in ("status", "stop_reason", "completed_at")}
         await connection.execute(run.where(sa.literal(w.record.is_ended) | _is_open()).values(read))
+    if w.comparison is not None:
+        detail = "\n".join(w.comparison.differences) or None
+        await connection.execute(run.values(verdict=w.comparison.verdict, verdict_detail=detail))
     if w.is_settled:
         await connection.execute(run.values(settled_at=w.at))
     listed = [
@@ -218,6 +225,19 @@ async def _write_record(connection: AsyncConnection, dialect: Dialect, w: RunWri
     ]
     if listed:
         await connection.execute(dialect.insert(tables.messages).on_conflict_do_nothing(), listed)
+    streamed = [
+        {
+            "run_id": w.run_id,
+            "first_seq_id": message.first_seq_id,
+            "message_id": storable(message.message_id),
+            "message_type": message.message_type,
+            "otid": storable(message.otid) if message.otid else None,
+            "text": message.as_said,
+        }
+        for message in w.streamed
+    ]
+    if streamed:
+        await connection.execute(dialect.insert(tables.streamed_messages).on_conflict_do_nothing(), streamed)
 
 
 async def _write_sweep(connection: AsyncConnection, dialect: Dialect, sweep: SweepWrite) -> None:
