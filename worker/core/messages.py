@@ -62,7 +62,7 @@ class Assembly:
     def add(self, seq_id: int, payload: str) -> None:
         """Take in one chunk. What belongs to no message, or cannot be read, is passed over."""
         body = _read(payload)
-        if not isinstance(body.id, str) or _string(body.message_type) not in STREAMED_TYPES:
+        if type(body.id) is not str or _string(body.message_type) not in STREAMED_TYPES:
             return
         key = body.id, _string(body.otid) or body.message_type
         parts = self._messages.get(key)
@@ -140,6 +140,8 @@ class _Parts:
         if isinstance(body.tool_call, dict):
             self._names.append(_string(body.tool_call.get("name")))
             self._arguments.append(_string(body.tool_call.get("arguments")))
+        elif type(body.content) is str:
+            self._texts.append(body.content)
         else:
             self._texts.append(text_of({name: getattr(body, name) for name in _TEXTS}) or "")
 
@@ -173,7 +175,7 @@ def _differences(streamed: Message, stored: Message) -> list[str]:
 
 
 def _string(value: object) -> str:
-    return value if isinstance(value, str) else ""
+    return value if type(value) is str else ""
 
 
 def _read(payload: str) -> _Body:
