@@ -37,7 +37,7 @@ async def run(config: Config, log: Log, *, once: bool, patience: Patience | None
         reads = Reads(engine, is_patient=True)
         discovery = Discovery(letta, committer, reads, log)
         await discovery.load(watch(config), config.discovery.start)
-        health = Health(committer)
+        health = Health(committer, reads, config.discovery.interval)
         equipment = Equipment(letta, committer, reads, patience or Patience(), metrics, log)
         service = Service(
             discovery,

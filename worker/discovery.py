@@ -19,6 +19,7 @@ from worker.storage.writes import SweepWrite
 
 OVERLAP = dt.timedelta(minutes=5)
 """A run becomes visible when its transaction commits but carries the time that began: look back so far (trap 12)."""
+LONG_AGO = dt.datetime(1970, 1, 2, tzinfo=dt.UTC)
 
 
 class Watch(msgspec.Struct, frozen=True):
@@ -88,20 +89,18 @@ class Discovery:
         self._dropped = sorted(state.scopes.keys() - watch.scopes)
 
     async def sweep(self) -> AsyncIterator[list[StoredRun]]:
-        """List what is new once; give, page by page, the new watched runs there is something to do for.
+        """List what is new once; give of each page, as it comes, the watched runs there is something to do for.
 
         Raises TroubleError, BadRequestError or RefusedError; the next sweep then begins where this one began.
         """
         newest: dt.datetime | None = None
         listed: dict[str, RunRecord] = {}
         async for page in self._letta.newest_runs():
-            if newest is None:
-                newest = page[0].created_at
+            if newest is None and (newest := _newest_of(page)) is not None:
                 self._start_new_scopes_at(newest)
             floor = self._floor()
             recent = [run for run in page if floor is None or run.created_at >= floor]
-            if found := await self._store([run for run in recent if self._is_wanted(run)]):
-                yield found
+            yield await self._store([run for run in recent if self._is_wanted(run)])
             listed.update((run.run_id, run) for run in recent)
             if len(recent) < len(page):
                 break
@@ -116,8 +115,15 @@ class Discovery:
         """Nothing older needs to be listed: the position, or, where a scope is new, the time it starts from."""
         floors: list[Start] = list(self._new.values())
         if self._scopes or not floors:
-            floors.append(self._position_at - OVERLAP if self._position_at else None)
+            floors.append(self._known_until())
         return None if None in floors else min(floor for floor in floors if floor is not None)
+
+    def _known_until(self) -> Start:
+        """Older runs have been listed. A position no sweep can have reached, from a clock gone wrong, says nothing."""
+        position = self._position_at
+        if position is None or not LONG_AGO <= position <= _now() + OVERLAP:
+            return None
+        return position - OVERLAP
 
     def _is_wanted(self, run: RunRecord) -> bool:
         return self._watch.wants(run, {**self._scopes, **self._new})
@@ -138,7 +144,8 @@ class Discovery:
 
     async def _move(self, newest: dt.datetime | None) -> None:
         """Make the position durable, and with it that the new scopes have been looked for."""
-        is_ahead = newest is not None and (self._position_at is None or newest > self._position_at)
+        position = None if self._known_until() is None else self._position_at
+        is_ahead = newest is not None and (position is None or newest > position)
         if not (is_ahead or self._new or self._dropped):
             return
         position_at = newest if is_ahead else None
@@ -150,7 +157,13 @@ class Discovery:
         self._position_at = position_at or self._position_at
 
     def _is_in_overlap(self, run: RunRecord) -> bool:
-        return self._position_at is None or run.created_at >= self._position_at - OVERLAP
+        known_until = self._known_until()
+        return known_until is None or run.created_at >= known_until
+
+
+def _newest_of(page: Sequence[RunRecord]) -> dt.datetime | None:
+    """The time of the newest run. One that claims to be of tomorrow must not hide those that come after it today."""
+    return next((run.created_at for run in page if run.created_at <= _now() + OVERLAP), None)
 
 
 def _now() -> dt.datetime:

@@ -1,8 +1,10 @@
 """What the outside may know: /healthz, /readyz and /metrics. Used by service.py (tells) and app.py (serves).
 
-healthz: the process is alive and moving. readyz: discovery and the database work, or which of them does not.
+healthz: the process is alive and moving, or what of it is stuck. readyz: the server and the database work, or which of
+them does not.
 """
 
+import time
 from typing import Self
 
 from aiohttp import web
@@ -11,22 +13,34 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from worker.errors import RefusedError
 from worker.observe import Metrics
 from worker.storage.committer import Committer
+from worker.storage.reads import Reads
 
 STUCK_SECONDS = 60.0
-"""A committer that has work, reports no outage and finishes nothing for so long is stuck."""
+"""Who has work, reports no outage and gets nothing done for so long is stuck: requests and statements end sooner."""
+
+ANSWER_SECONDS = 2.0
+"""Whoever asks whether the worker is ready waits so long for the database; probes give up soon after."""
 
 
 class Health:
     """How the worker is, from its own last successes."""
 
-    def __init__(self, committer: Committer) -> None:
+    def __init__(self, committer: Committer, reads: Reads, discovery_interval: float) -> None:
         self._committer = committer
+        self._reads = reads
+        self._discovery_interval = discovery_interval
+        self._discovery_moved_at = time.monotonic()
         self._discovery_error: str | None = "no sweep has succeeded yet"
         self.discovery_has_failed = False
         """The last listing failed; before the first one it has not."""
 
+    def discovery_moved(self) -> None:
+        """A page of runs was listed: however long the listing takes, it is not stuck."""
+        self._discovery_moved_at = time.monotonic()
+
     def discovery_succeeded(self) -> None:
         """A listing worked."""
+        self.discovery_moved()
         self._discovery_error = None
         self.discovery_has_failed = False
 
@@ -35,17 +49,27 @@ class Health:
         self._discovery_error = error
         self.discovery_has_failed = True
 
-    def is_alive(self) -> bool:
-        """Idle, working or waiting for something outside; not stuck inside."""
-        return self._committer.is_failing or self._committer.stalled_seconds() < STUCK_SECONDS
+    def stuck(self) -> list[str]:
+        """What does not move although nothing outside holds it up; empty when all is idle, working or waiting."""
+        stuck = []
+        if not self._committer.is_failing and self._committer.stalled_seconds() >= STUCK_SECONDS:
+            stuck.append("committer")
+        still = time.monotonic() - self._discovery_moved_at
+        # Between two attempts it may have to wait longer than that, and while the database is away, too.
+        is_waiting = self.discovery_has_failed or self._committer.is_failing
+        if not is_waiting and still >= self._discovery_interval + STUCK_SECONDS:
+            stuck.append("discovery")
+        return stuck
 
-    def troubles(self) -> dict[str, str]:
-        """What does not work, by name; empty when the worker is ready."""
+    async def troubles(self) -> dict[str, str]:
+        """What does not work, by name; empty when the worker is ready. An idle worker finds out by asking."""
         troubles = {}
         if self._discovery_error is not None:
             troubles["letta"] = self._discovery_error
         if self._committer.is_failing:
             troubles["database"] = "commits fail and are tried again"
+        elif (trouble := await self._reads.trouble(ANSWER_SECONDS)) is not None:
+            troubles["database"] = trouble
         return troubles
 
 
@@ -83,11 +107,12 @@ class Monitor:
         await self._runner.cleanup()
 
     async def _healthz(self, _: web.Request) -> web.Response:
-        is_alive = self._health.is_alive()
-        return web.json_response({"status": "ok" if is_alive else "stuck"}, status=200 if is_alive else 503)
+        stuck = self._health.stuck()
+        body = {"status": "stuck", "stuck": stuck} if stuck else {"status": "ok"}
+        return web.json_response(body, status=503 if stuck else 200)
 
     async def _readyz(self, _: web.Request) -> web.Response:
-        troubles = self._health.troubles()
+        troubles = await self._health.troubles()
         body = {"status": "degraded", "troubles": troubles} if troubles else {"status": "ready"}
         return web.json_response(body, status=503 if troubles else 200)
 

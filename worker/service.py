@@ -119,6 +119,7 @@ class Service:
         async for attempt in until_it_works(self._report_failed_sweep):
             with attempt:
                 async for found in self._discovery.sweep():
+                    self._health.discovery_moved()
                     count += len(found)
                     self._take_up(found)
         if self._health.discovery_has_failed:
@@ -226,7 +227,7 @@ class Service:
     async def _feed_watchdog(self) -> None:
         interval = systemd.watchdog_interval()
         while interval is not None:
-            if self._health.is_alive():
+            if not self._health.stuck():
                 systemd.notify("WATCHDOG=1")
             await asyncio.sleep(interval / 2)
 

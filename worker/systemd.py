@@ -8,7 +8,10 @@ import socket
 
 
 def notify(state: str) -> None:
-    """Send e.g. `READY=1`, `WATCHDOG=1` or `STOPPING=1`. Never raises: a deaf systemd must not stop the worker."""
+    """Send e.g. `READY=1`, `WATCHDOG=1` or `STOPPING=1`.
+
+    Never raises and never waits: a deaf systemd must not stop the worker.
+    """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -16,6 +19,7 @@ def notify(state: str) -> None:
         address = "\0" + address[1:]
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.settimeout(0)  # the queue of a reader that is behind fills up, and sending would wait for it
             sender.sendto(state.encode(), address)
     except OSError:
         pass

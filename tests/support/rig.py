@@ -154,7 +154,7 @@ class Rig:
 
     async def service(self, *, interval: float = 0.05, max_streams: int = 16, watch: Watch = EVERYTHING) -> Service:
         """The whole service. The rig's own committer task must not run beside it: enter `working(commits=False)`."""
-        discovery, health = await self.discovery(watch), Health(self.committer)
+        discovery, health = await self.discovery(watch), Health(self.committer, self.reads, interval)
         return Service(discovery, self.equipment, health, interval=interval, max_streams=max_streams)
 
     # ---- what is stored, read without the worker's own queries ----

@@ -1,5 +1,6 @@
 """What the store knows: what is unfinished, where discovery stands, figures for `status`. Never disturbs a writer."""
 
+import asyncio
 import datetime as dt
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -109,6 +110,19 @@ class Reads:
         query = sa.select(runs.c.run_id, chunks.c.received_at).join(chunks, last).where(runs.c.run_id.in_(run_ids))
         return {row.run_id: row.received_at for row in await self._all(query)}
 
+    async def trouble(self, seconds: float) -> str | None:
+        """Why the database does not answer now, or None. Asks once and waits no longer than this."""
+        try:
+            async with asyncio.timeout(seconds), self._engine.connect() as connection:
+                await connection.execute(sa.select(1))
+        except TimeoutError:
+            return f"does not answer within {seconds:g} s"
+        except Exception as error:
+            if is_refusal(error) or is_outage(error):
+                return describe(error)
+            raise
+        return None
+
     async def _all(self, query: sa.Select[*tuple[Any, ...]]) -> Sequence[Any]:
         rows: Sequence[Any] = ()
         try:
@@ -116,6 +130,8 @@ class Reads:
                 with attempt:
                     async with self._engine.connect() as connection:
                         rows = (await connection.execute(query)).all()
+        except RefusedError:
+            raise
         except Exception as error:
             if is_refusal(error) or is_outage(error):
                 raise RefusedError(f"the database cannot be read: {describe(error)}") from error

@@ -1,0 +1,206 @@
+"""What the outside sees: idle and healthy, degraded and by what, and stuck, told apart (promise 4)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime as dt
+import itertools
+import os
+import signal
+import socket
+import sqlite3
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from tests.support.lives import until
+from tests.support.postgres import running_postgres
+from tests.support.rig import SECRET as KEY
+from tests.support.rig import working
+from tests.support.shell import SECRET, Shell
+from worker import monitor
+from worker.demo.fake_letta import FakeLetta
+from worker.monitor import Health, Monitor
+from worker.storage.writes import SweepWrite
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+
+@pytest.fixture
+async def letta() -> AsyncIterator[FakeLetta]:
+    """A fake server that asks for a key."""
+    async with FakeLetta(keepalive_interval=0.2, password=SECRET, seed=1) as server:
+        yield server
+
+
+class Systemd:
+    """The other end of NOTIFY_SOCKET, as systemd has it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._socket.settimeout(0)
+        self.heard: list[str] = []
+
+    def listen(self) -> list[str]:
+        """Everything heard so far."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.heard.append(self._socket.recv(4096).decode())
+        return self.heard
+
+    async def hears(self, word: str, times: int = 1, seconds: float = 10.0) -> None:
+        """Wait until this was said so many times more."""
+        before = self.listen().count(word)
+        await until(lambda: self.listen().count(word) >= before + times, seconds)
+
+    def fill(self) -> int:
+        """Leave no room for more until it listens; return how many messages that took."""
+        with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sender:
+            sender.settimeout(0)
+            for count in itertools.count():
+                try:
+                    sender.sendto(b"filler", str(self.path))
+                except BlockingIOError:
+                    return count
+        raise AssertionError
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._socket.close()
+
+
+@pytest.fixture
+def systemd(tmp_path: Path) -> Iterator[Systemd]:
+    """A systemd that wants a sign of life five times a second."""
+    made = Systemd(tmp_path / "notify")
+    yield made
+    made.close()
+
+
+def free_address() -> str:
+    """An address nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+async def asked(address: str, path: str) -> tuple[int, dict[str, Any]]:
+    """What an endpoint answers."""
+    async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False, timeout=5.0) as client:
+        answer = await client.get(path)
+        return answer.status_code, answer.json()
+
+
+async def until_asked(address: str, path: str, status: int) -> dict[str, Any]:
+    """Wait until an endpoint answers with this status."""
+    async with asyncio.timeout(20):
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                found, body = await asked(address, path)
+                if found == status:
+                    return body
+            await asyncio.sleep(0.05)
+
+
+@contextlib.asynccontextmanager
+async def idle_worker(letta: FakeLetta, url: str, folder: Path, systemd: Systemd) -> AsyncIterator[tuple[Shell, int]]:
+    """A worker process under this systemd, with nothing to do; gives its shell and its process id."""
+    shell = Shell(letta, folder, url, listen=free_address())
+    environ = {"NOTIFY_SOCKET": str(systemd.path), "WATCHDOG_USEC": "400000"}
+    assert (await shell.do("migrate")).code == 0
+    life = shell.start("run", environ=environ)
+    try:
+        await until_asked(shell.listen, "/readyz", 200)
+        yield shell, life.pid
+        assert await shell.stop(life) == 0
+        assert "STOPPING=1" in systemd.listen()
+    finally:
+        life.kill()
+
+
+async def test_idle_is_not_stopped(letta: FakeLetta, sqlite_url: str, tmp_path: Path, systemd: Systemd) -> None:
+    """Promise 4: an idle worker is ready and feeds the watchdog; one whose loop stands still does neither."""
+    async with idle_worker(letta, sqlite_url, tmp_path, systemd) as (shell, pid):
+        assert "READY=1" in systemd.listen()
+        await systemd.hears("WATCHDOG=1", times=3)
+        assert await asked(shell.listen, "/healthz") == (200, {"status": "ok"})
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(0.3)
+            before = len(systemd.listen())
+            async with httpx.AsyncClient(trust_env=False, timeout=1.0) as client:
+                with pytest.raises(httpx.ReadTimeout):
+                    await client.get(f"http://{shell.listen}/healthz")
+            assert len(systemd.listen()) == before
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        await systemd.hears("WATCHDOG=1", times=3)
+        assert await asked(shell.listen, "/healthz") == (200, {"status": "ok"})
+
+
+async def test_server_away(letta: FakeLetta, sqlite_url: str, tmp_path: Path, systemd: Systemd) -> None:
+    """Promise 4: without its server the worker says `letta`, is degraded, and systemd leaves it alone."""
+    async with idle_worker(letta, sqlite_url, tmp_path, systemd) as (shell, _):
+        await letta.stop_listening()
+        await letta.drop_connections()
+        body = await until_asked(shell.listen, "/readyz", 503)
+        assert (body["status"], list(body["troubles"])) == ("degraded", ["letta"])
+        assert (await asked(shell.listen, "/healthz"))[0] == 200
+        await systemd.hears("WATCHDOG=1", times=3)
+        await letta.start_listening()
+        await until_asked(shell.listen, "/readyz", 200)
+
+
+async def test_deaf_systemd(letta: FakeLetta, sqlite_url: str, tmp_path: Path, systemd: Systemd) -> None:
+    """Promise 4: a systemd that does not read what it is told holds nothing up, and hears again when it reads again."""
+    async with idle_worker(letta, sqlite_url, tmp_path, systemd) as (shell, _):
+        assert systemd.fill() > 0
+        await asyncio.sleep(0.5)
+        assert await asked(shell.listen, "/healthz") == (200, {"status": "ok"})
+        await systemd.hears("WATCHDOG=1", times=3)
+
+
+async def test_database_away_from_an_idle_worker(letta: FakeLetta, tmp_path: Path, systemd: Systemd) -> None:
+    """Promise 4: even with nothing to write the worker finds out that its database is gone, says so, and recovers."""
+    with running_postgres() as server:
+        async with idle_worker(letta, server.create_database(), tmp_path, systemd) as (shell, _):
+            server.stop()
+            body = await until_asked(shell.listen, "/readyz", 503)
+            assert (body["status"], list(body["troubles"])) == ("degraded", ["database"])
+            assert (await asked(shell.listen, "/healthz"))[0] == 200
+            await systemd.hears("WATCHDOG=1", times=3)
+            server.start()
+            await until_asked(shell.listen, "/readyz", 200)
+
+
+async def test_what_is_stuck_is_named(letta: FakeLetta, sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise 4: a committer that gets nothing done, or a discovery that never returns, is called stuck by name."""
+    monkeypatch.setattr(monitor, "STUCK_SECONDS", 0.3)
+    letta.password = KEY
+    async with working(letta, sqlite_url) as rig:
+        health = Health(rig.committer, rig.reads, 0.1)
+        address = free_address()
+        async with Monitor(address, health, rig.metrics):
+            health.discovery_succeeded()
+            assert await asked(address, "/healthz") == (200, {"status": "ok"})
+            with contextlib.closing(sqlite3.connect(sqlite_url.removeprefix("sqlite:///"))) as other:
+                other.execute("BEGIN IMMEDIATE")  # so that the commit waits inside SQLite, and no error says so
+                commit = await rig.committer.submit(SweepWrite(dt.datetime.now(dt.UTC), []))
+                health.discovery_succeeded()
+                await asyncio.sleep(0.35)
+                health.discovery_moved()
+                assert await asked(address, "/healthz") == (503, {"status": "stuck", "stuck": ["committer"]})
+                other.rollback()
+            await commit
+            health.discovery_succeeded()
+            assert await asked(address, "/healthz") == (200, {"status": "ok"})
+            await asyncio.sleep(0.5)
+            assert await asked(address, "/healthz") == (503, {"status": "stuck", "stuck": ["discovery"]})
+            health.discovery_failed("away")
+            assert (await asked(address, "/healthz"))[0] == 200
