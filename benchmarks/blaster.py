@@ -15,33 +15,38 @@ def run_id(number: int) -> str:
     return f"run-{UUID(int=number)}"
 
 
+MESSAGE = {
+    "id": "message-e58e449b-77c3-4036-86b5-f4f8994155fd",
+    "date": "2026-11-22T15:03:50+00:00",
+    "name": None,
+    "message_type": "assistant_message",
+    "otid": "e58e449b-77c3-4036-86b5-f4f899415580",
+    "sender_id": None,
+    "step_id": "step-3e7204da-2885-4a23-9d73-9b8bc4ae7e1e",
+    "is_err": None,
+}
+_EVENT = b"data: " + json.dumps(MESSAGE, separators=(",", ":")).encode()[:-1]
+TAIL = (
+    b'data: {"message_type":"stop_reason","stop_reason":"end_turn"}\n\n',
+    b'data: {"message_type":"usage_statistics","completion_tokens":4,"prompt_tokens":11,"total_tokens":15}\n\n',
+    b"data: [DONE]\n\n",
+)
+"""How every run ends: two chunks without a number, and the marker."""
+
+
 def event(run: str, seq_id: int) -> bytes:
     """One token's event, 364 bytes as on a real server."""
-    message = "message-e58e449b-77c3-4036-86b5-f4f8994155fd"
-    fields = {
-        "id": message,
-        "date": "2026-11-22T15:03:50+00:00",
-        "name": None,
-        "message_type": "assistant_message",
-        "otid": "e58e449b-77c3-4036-86b5-f4f899415580",
-        "sender_id": None,
-        "step_id": "step-3e7204da-2885-4a23-9d73-9b8bc4ae7e1e",
-        "is_err": None,
-        "seq_id": seq_id,
-        "run_id": run,
-        "content": f"tok{seq_id:06d} ",
-    }
-    return b"data: " + json.dumps(fields, separators=(",", ":")).encode() + b"\n\n"
+    return b'%s,"seq_id":%d,"run_id":"%s","content":"tok%06d "}\n\n' % (_EVENT, seq_id, run.encode(), seq_id)
+
+
+def message(chunks: int) -> dict[str, object]:
+    """What a run of so many tokens has said, as the server stores it."""
+    return MESSAGE | {"content": "".join(f"tok{seq_id:06d} " for seq_id in range(1, chunks + 1))}
 
 
 def stream(run: str, chunks: int) -> bytes:
     """The body of a whole run: `chunks` numbered events, stop_reason, usage_statistics, [DONE]."""
-    tail = (
-        b'data: {"message_type":"stop_reason","stop_reason":"end_turn"}\n\n',
-        b'data: {"message_type":"usage_statistics","completion_tokens":4,"prompt_tokens":11,"total_tokens":15}\n\n',
-        b"data: [DONE]\n\n",
-    )
-    events = [*(event(run, seq_id) for seq_id in range(1, chunks + 1)), *tail]
+    events = [*(event(run, seq_id) for seq_id in range(1, chunks + 1)), *TAIL]
     return b"".join(b"%x\r\n%s\r\n" % (len(e), e) for e in events) + b"0\r\n\r\n"
 
 
@@ -62,6 +67,7 @@ class Blaster:
             }
             for number in range(runs, 0, -1)
         ]
+        self._messages = [message(chunks)]
         self._streams = {run_id(number): stream(run_id(number), chunks) for number in range(1, runs + 1)}
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -93,7 +99,7 @@ class Blaster:
             first = ids.index(after) + 1 if after else 0
             return _json([] if "after=" in query else self._runs[first : first + limit])
         if path.endswith("/messages"):
-            return _json([])
+            return _json([] if "after=" in query else self._messages)
         return _json(next(run for run in self._runs if run["id"] == path.split("/")[3]))
 
 
