@@ -219,11 +219,12 @@ async def test_no_bytes_at_all(rig: Rig, letta: FakeLetta) -> None:
     assert (await rig.row(run))["state"] == "backfilled"
 
 
-async def test_frozen_for_a_while(rig: Rig, letta: FakeLetta) -> None:
+@pytest.mark.parametrize("after_events", [0, 3])
+async def test_frozen_for_a_while(rig: Rig, letta: FakeLetta, after_events: int) -> None:
     """One silence after the end is not taken for the end: the second reading brings everything (I5)."""
     run = talking(letta)
     run.complete()
-    fault = Hang(3, on="stream")
+    fault = Hang(after_events, on="stream")
     letta.faults.append(fault)
 
     await rig.follow(run)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from tests.support.rig import until, working
 from worker.demo.fake_faults import Answer
+from worker.follower import Follower
+from worker.places import Places
 
 if TYPE_CHECKING:
     from tests.support.rig import Rig
@@ -59,6 +61,23 @@ async def test_expired_half_read(letta: FakeLetta, sqlite_url: str) -> None:
         await rig.assert_stored(run, "backfilled", (5, None, "expired", None), rows=had)
         said = [(request.path.split("/")[2], request.status) for request in rig.asked("stream", run)]
         assert said[1:] == [("conversations", 410), ("runs", 410)], "the run's own 410 is final"
+
+
+async def test_expired_behind_another_worker(rig: Rig, letta: FakeLetta) -> None:
+    """A worker that is behind records the gap where the rows of another end, not where its own do (I4, I5)."""
+    run = old_run(letta, timedelta(hours=2))
+    behind = Follower(await rig.stored(run), rig.equipment, Places(1))
+    task = asyncio.create_task(rig.follow(run))
+    await rig.until_stored(run, 4)
+    task.cancel()
+    await asyncio.wait([task])
+    had = run.expected_rows()
+    run.complete()
+    letta.retention = timedelta(hours=1)
+
+    await behind.follow()
+
+    await rig.assert_stored(run, "backfilled", (5, None, "expired", None), rows=had)
 
 
 async def test_failed_and_expired(rig: Rig, letta: FakeLetta) -> None:

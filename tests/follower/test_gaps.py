@@ -114,6 +114,23 @@ async def test_gap_filled_late(letta: FakeLetta, database_url: str) -> None:
         await rig.assert_stored(run, "complete", (4, 5, "not served", "filled"), rows=without(run))
 
 
+async def test_gap_outlives_its_worker(letta: FakeLetta, database_url: str) -> None:
+    """A worker that is started again knows of the gaps found before, and does not call the run complete (I3, I5)."""
+    run = talking(letta, 10)
+    lose(run, 4, 5)
+    async with working(letta, database_url) as rig:
+        await rig.stored(run)
+        task = asyncio.create_task(rig.follow(run))
+        await rig.until_stored(run, 9)
+        task.cancel()
+        await asyncio.wait([task])
+    run.complete()
+
+    async with working(letta, database_url) as rig:
+        await rig.follow(run)
+        await rig.assert_stored(run, "incomplete", (4, 5, "not served", None), rows=without(run, 4, 5))
+
+
 async def test_batch_repeated(rig: Rig, letta: FakeLetta) -> None:
     """A batch that the server wrote twice, numbers going backwards, is stored once (I1)."""
     run = talking(letta, 10)

@@ -13,7 +13,7 @@ from tests.storage.store import AT, accepted, ending, known, later, lot, row, ro
 from worker.core.records import MessageRecord, RunRecord
 from worker.core.runlog import Gap, Reject
 from worker.storage import tables
-from worker.storage.writes import RunWrite
+from worker.storage.writes import RunWrite, SweepWrite
 
 if TYPE_CHECKING:
     from tests.storage.store import Store
@@ -50,6 +50,16 @@ async def test_the_cursor_never_goes_back(store: Store) -> None:
     await store.write(lot("run-1", 1, 4))
     run = await store.run("run-1")
     assert (run.last_seq_id, run.chunk_count, run.state) == (9, 9, "following")
+
+
+async def test_runs_of_one_conversation_have_a_cursor_each(store: Store) -> None:
+    """I2: A conversation's next run begins at 0, and what is stored of one moves the cursor of no other."""
+    names = ("run-1", "run-2")
+    await store.write(SweepWrite(AT, [RunRecord(name, AT, "running", "conv-1", "agent-1") for name in names]))
+    await store.write(lot("run-1", 1, 7))
+    assert [await store.cursor(name) for name in names] == [7, 0]
+    await store.write(lot("run-2", 1, 3))
+    assert [await store.cursor(name) for name in names] == [7, 3]
 
 
 @pytest.mark.parametrize("final", ["incomplete", "backfilled", "unavailable", "complete"])
@@ -175,6 +185,7 @@ async def test_a_row_that_breaks_a_rule_stops_the_transaction(store: Store) -> N
     good = ("run-1", 1, None, None, None, None, "{}", AT, "wire")
     bad = ("run-1", 2, None, None, None, None, "{}", AT, "guessed")
     async with store.engine.connect() as connection:
+        await store.dialect.load_chunks(connection, [good, bad])
         with pytest.raises(DBAPIError):
             await store.dialect.insert_chunks(connection, [good, bad])
     assert await store.chunks("run-1") == {}
@@ -227,3 +238,11 @@ async def test_a_time_without_a_zone_is_refused(store: Store) -> None:
     naive = dt.datetime(2026, 1, 1)  # noqa: DTZ001 - that is the point
     with pytest.raises(sa.exc.StatementError, match="without a zone"):
         await store.write(known("run-1", created_at=naive))
+
+
+async def test_a_lot_is_not_carried_along(postgresql_store: Store) -> None:
+    """I8: PostgreSQL's table for a lot on its way in is empty after each: the next one brings its own rows only."""
+    await postgresql_store.write(known("run-1"), lot("run-1", 1, 3))
+    await postgresql_store.write(lot("run-1", 4, 6))
+    waiting = await postgresql_store.all(sa.text("SELECT count(*) FROM pg_temp.chunk_lot"))  # type: ignore[arg-type]
+    assert waiting == [(0,)]
