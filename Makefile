@@ -3,8 +3,10 @@
 # Written for GNU make 3.81 (macOS) and newer.
 
 PYTHON ?= python3
-# SIGKILLs for each database in `make kills`
+# For each database in `make torture`: so many SIGKILLs, or so many minutes of them; and which ones
 KILLS ?= 200
+MINUTES ?=
+SEED ?= 1
 # More arguments for pytest: make test ARGS="tests/core -k ping"
 ARGS ?=
 
@@ -15,9 +17,11 @@ PYTEST := $(BIN)/python -m pytest
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 export LETTA_INGEST_KILLS := $(KILLS)
+export LETTA_INGEST_MINUTES := $(MINUTES)
+export LETTA_INGEST_SEED := $(SEED)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format kills wheel real bench setup constraints clean
+.PHONY: help demo test check format torture soak mutants wheel real bench setup constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -38,14 +42,20 @@ format: $(READY) ## Format the code and repair what ruff can repair
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-kills: $(READY) ## Kill the worker KILLS times (200) on each database and count what was stored
-	$(PYTEST) -s -m campaign --ignore=tests/system/test_wheel.py $(ARGS)
+torture: $(READY) ## Kill the worker KILLS times (200), or for MINUTES, on each database, and count what was stored
+	$(PYTEST) -s -m campaign tests/torture $(ARGS)
+
+soak: $(READY) ## Let a worker live for MINUTES (2) under a steady load on each database: its size must stay the same
+	$(PYTEST) -s -m campaign tests/soak $(ARGS)
+
+mutants: $(READY) ## Plant one-line bugs in a copy, one after the other: each is noticed by the test it names (minutes)
+	$(PYTEST) -s tests/mutants $(ARGS)
 
 wheel: $(READY) ## Build the wheel, install it into an empty virtualenv, and use it there
 	$(PYTEST) -m campaign tests/system/test_wheel.py
 
 real: $(READY) ## Follow a real Letta server, installed for it, and kill the worker mid-run (minutes)
-	$(PYTEST) -s -m real tests/real_letta $(ARGS)
+	$(PYTEST) -s -m real tests/behaviour tests/real_letta $(ARGS)
 
 bench: $(READY) ## Measure chunks per second, catch-up time and memory
 	@test -f benchmarks/run.py || { echo "make bench: there are no benchmarks yet (benchmarks/run.py)" >&2; exit 1; }

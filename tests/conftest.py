@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from tests.support.leaks import fail_on_leaks
 from tests.support.postgres import PostgresServer, running_postgres
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Generator, Iterator
     from pathlib import Path
+
+    from tests.real_letta.driver import Driver
+    from tests.real_letta.lab.lab import Lab
+    from tests.real_letta.server_log import ServerLog
 
 # What a developer's shell, a proxy or systemd may set, and the worker or its libraries would obey.
 FOREIGN_PREFIXES = ("LETTA_", "PG")
@@ -25,6 +30,14 @@ FOREIGN_NAMES = {
     "WATCHDOG_PID",
     "WATCHDOG_USEC",
 }
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail every test that shows a key (I10)."""
+    report = yield
+    fail_on_leaks(item, report)
+    return report
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +77,48 @@ def postgresql_url(postgres_server: PostgresServer) -> str:
 def database_url(request: pytest.FixtureRequest) -> str:
     """The URL of a fresh empty database: the test runs once on each kind."""
     return cast("str", request.getfixturevalue(f"{request.param}_url"))
+
+
+# The lab of the real server. What it needs is imported only where it is used: that takes a second.
+
+
+@pytest.fixture(scope="session")
+def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Print a line on the terminal at once: tests of the real server take minutes and must not look dead."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def say(text: str) -> None:
+        with capture.global_and_fixture_disabled():
+            print(f"\n[real letta] {text}", end="", flush=True)
+
+    return say
+
+
+@pytest.fixture(scope="session")
+def lab(say: Callable[[str], None], request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """The running real server. Its logs are kept if a test failed."""
+    from tests.real_letta.lab.lab import Lab  # noqa: PLC0415
+
+    with Lab(say) as lab:
+        yield lab
+        lab.keep_directory = request.session.testsfailed > 0
+
+
+@pytest.fixture(scope="session")
+def driver(lab: Lab) -> Iterator[Driver]:
+    """The application that talks to the real server."""
+    from tests.real_letta.driver import Driver  # noqa: PLC0415
+
+    driver = Driver(lab.letta.url)
+    yield driver
+    driver.close()
+
+
+@pytest.fixture(scope="session")
+def log(lab: Lab) -> Iterator[ServerLog]:
+    """What the real server's Redis holds: the oracle."""
+    from tests.real_letta.server_log import ServerLog  # noqa: PLC0415
+
+    log = ServerLog(lab.redis.port)
+    yield log
+    log.close()

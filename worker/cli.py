@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import json
 import sys
 from collections.abc import Coroutine
 from importlib.metadata import version as version_of
@@ -18,9 +19,9 @@ import msgspec
 import typer
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from worker.errors import ConfigError, RefusedError, WorkerError
 
@@ -158,7 +159,7 @@ def verify(
     """
     report = _do(_verified(_load(config_path), with_server=server))
     if as_json:
-        typer.echo(msgspec.json.encode(report).decode())
+        _print_json(report)
     else:
         _print_report(report)
     if not report.is_sound:
@@ -178,8 +179,6 @@ async def _verified(settings: Config, *, with_server: bool) -> Report:
 
 
 def _print_report(report: Report) -> None:
-    from worker.status import printable
-
     console = Console(highlight=False, soft_wrap=True)
     states = ", ".join(f"{count} {state}" for state, count in sorted(report.states.items())) or "none"
     console.print(f"runs     {report.runs} ({states})")
@@ -195,23 +194,34 @@ def _print_report(report: Report) -> None:
         )
     for differing in report.differing:
         for difference in differing.differences:
-            console.print(f"[yellow]DIFFERS[/]  {escape(printable(differing.run_id))}: {escape(printable(difference))}")
+            console.print(_line("DIFFERS ", "yellow", f"{differing.run_id}: {difference}"))
     for run in report.faulty:
         for fault in run.faults:
-            console.print(f"[red]FAULT[/]    {escape(printable(run.run_id))}: {escape(printable(fault))}")
+            console.print(_line("FAULT   ", "red", f"{run.run_id}: {fault}"))
     for run_id in report.unknown_runs:
-        console.print(f"[red]MISSING[/]  {escape(printable(run_id))}: the server lists it, it is not stored")
+        console.print(_line("MISSING ", "red", f"{run_id}: the server lists it, it is not stored"))
     console.print("[green]sound[/]" if report.is_sound else "[red]not sound: please report this, it is a bug[/]")
+
+
+def _line(word: str, style: str, said: str) -> Text:
+    """A line that begins with a coloured word. What a server said is never taken for markup, and never obeyed."""
+    from worker.observe import shown
+
+    return Text.assemble((word, style), " ", shown(said))
+
+
+def _print_json(value: msgspec.Struct) -> None:
+    """In ASCII, with all else spelt out: it may be looked at on a terminal, too."""
+    typer.echo(json.dumps(msgspec.to_builtins(value)))
 
 
 async def _checks(settings: Config) -> list[Check]:
     from worker import checks
-    from worker.status import printable
 
-    console, lines = Console(highlight=False), list["Check"]()
+    console, lines = Console(highlight=False, soft_wrap=True), list["Check"]()
     async for line in checks.check(settings):
-        mark = "[green]ok  [/]" if line.is_ok else "[red]FAIL[/]"
-        console.print(f"{mark} {escape(printable(line.name)):14} {escape(printable(line.text))}", soft_wrap=True)
+        word, style = ("ok  ", "green") if line.is_ok else ("FAIL", "red")
+        console.print(_line(word, style, f"{line.name:14} {line.text}"))
         lines.append(line)
     return lines
 
@@ -227,7 +237,7 @@ async def _show_status(settings: Config, *, as_json: bool, watch: bool) -> None:
         if not watch:
             figures = await read_status(reads, dt.datetime.now(dt.UTC))
             if as_json:
-                typer.echo(msgspec.json.encode(figures).decode())
+                _print_json(figures)
             else:
                 console.print(_status_table(figures))
             return
@@ -258,7 +268,7 @@ def _status_table(figures: Status) -> Group:
         last = "-" if run.last_chunk_seconds_ago is None else f"{run.last_chunk_seconds_ago:.0f} s ago"
         minutes = f"{run.seconds_to_expiry / 60:.0f} min"
         cells = (run.run_id, run.conversation_id or "(agent-direct)", run.state, run.status, run.cursor, last, minutes)
-        table.add_row(*(escape(printable(cell)) for cell in cells))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     return Group(*lines, "", table)
 
 
@@ -286,5 +296,7 @@ def _do(work: Coroutine[Any, Any, Result]) -> Result:
 
 
 def _die(error: WorkerError, code: int) -> NoReturn:
-    print(f"letta-ingest: {error}", file=sys.stderr)  # noqa: T201
+    from worker.observe import shown_lines
+
+    print(f"letta-ingest: {shown_lines(str(error))}", file=sys.stderr)  # noqa: T201
     raise typer.Exit(code)

@@ -24,6 +24,8 @@ class TroubleError(WorkerError):
 
     retry_after: float | None = None
     """Seconds the server asks us to wait, where it says so."""
+    is_outage: bool = False
+    """The network, a proxy or an overload: nobody has said anything about what was asked for."""
 
 
 class RateLimitedError(TroubleError):

@@ -7,6 +7,7 @@ what the run's own record says of a stream that serves nothing more (letta-proto
 import asyncio
 import datetime as dt
 import enum
+import random
 import time
 from collections.abc import Sequence
 
@@ -33,6 +34,10 @@ from worker.storage.committer import Commit, Committer
 from worker.storage.reads import Reads, StoredRun
 from worker.storage.tables import UNFINISHED_STATES
 from worker.storage.writes import RunWrite
+
+
+LOGGED_LOSSES = 5
+"""Of what one read brought; a stream of garbage would fill the log, and the time, with a line for each piece."""
 
 
 class Outcome(enum.Enum):
@@ -142,9 +147,9 @@ class Follower:
 
     async def _await_end(self) -> None:
         """Wait until a run without a stream is over: only then does REST have its messages."""
-        until = self._record.created_at + dt.timedelta(seconds=self._with.patience.streamless)
+        age = dt.timedelta(seconds=self._with.patience.streamless)
         delay = 1.0
-        while not self._record.is_ended and dt.datetime.now(dt.UTC) < until:
+        while not self._record.is_ended and dt.datetime.now(dt.UTC) - self._record.created_at < age:
             await asyncio.sleep(delay)
             delay = min(2 * delay, self._with.patience.most_silence)
             try:
@@ -199,6 +204,10 @@ class Follower:
         reader = asyncio.create_task(self._read(), name=f"read:{self._record.run_id}")
         try:
             return await self._watch(reader)
+        except TroubleError as error:
+            if error.is_outage:
+                await asyncio.sleep(random.uniform(0, self._with.patience.rest))  # noqa: S311 - no secret
+            raise
         finally:
             # The response must be closed before the place is given away.
             reader.cancel()
@@ -214,6 +223,8 @@ class Follower:
             if self._run.state == "pending":
                 await self._hand_over("following")
             async for events in received:
+                if not events:
+                    self._chunk_at = time.monotonic()  # a part of something large: over a slow line it takes its time
                 for event in events:
                     self._runlog.accept(event)
                     if not isinstance(event, Ping):
@@ -227,6 +238,7 @@ class Follower:
                     return Outcome.UNPROVEN
                 if self._runlog.wants_reread:
                     return Outcome.HOLE
+                await asyncio.sleep(0)  # what is buffered already comes without waiting: let the others have a turn
         return Outcome.CUT
 
     async def _watch(self, reader: asyncio.Task[Outcome]) -> Outcome:
@@ -299,10 +311,12 @@ class Follower:
             self._chunk_at = time.monotonic()
 
     def _log_losses(self, accepted: Accepted) -> None:
-        for gap in accepted.gaps:
+        for gap in accepted.gaps[:LOGGED_LOSSES]:
             self._log.warning("run.gap_found", first=gap.first_seq_id, last=gap.last_seq_id, cause=gap.cause)
-        for reject in accepted.rejects:
+        for reject in accepted.rejects[:LOGGED_LOSSES]:
             self._log.warning("run.rejected", after=reject.after_seq_id, reason=reject.reason)
+        if (more := max(len(accepted.gaps), len(accepted.rejects)) - LOGGED_LOSSES) > 0:
+            self._log.warning("run.rejected", more=more)
 
     async def _committed(self) -> None:
         if self._last_commit is not None:
@@ -310,7 +324,9 @@ class Follower:
 
     async def _settle(self, missing: str | None) -> str:
         """Store what REST has of the run and how it compares; where the stream is gone for good, what is missing."""
-        found = await backfill.fetch(self._with.letta, self._record, self._with.patience, is_over=missing is None)
+        found = await backfill.fetch(
+            self._with.letta, self._record, self._with.patience, self._report_trouble, is_over=missing is None
+        )
         self._record = found.record
         await self._committed()
         if missing is not None:

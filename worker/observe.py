@@ -3,8 +3,10 @@
 A log line is one event with fields, never a sentence; the operator's view of each name is its comment here.
 """
 
+import asyncio
 import logging
 import sys
+from collections.abc import MutableMapping
 from typing import Any, Literal, Protocol
 
 import structlog
@@ -45,18 +47,19 @@ class Log(Protocol):
 
 def set_up_logging(level: str, log_format: Literal["json", "console"]) -> Log:
     """Configure structlog to write to stderr and return the root logger; stdout belongs to the commands."""
-    renderer: Any = (
-        structlog.processors.JSONRenderer()
-        if log_format == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-    )
+    renderers: list[Any] = [structlog.processors.JSONRenderer()]  # it writes ASCII, and spells out all else
+    if log_format == "console":
+        # Plain tracebacks: the coloured ones show local variables, and a key may be among them (I10).
+        plain = structlog.dev.plain_traceback
+        console = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)
+        renderers = [_show_fields, console]
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
-            renderer,
+            *renderers,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
@@ -64,6 +67,24 @@ def set_up_logging(level: str, log_format: Literal["json", "console"]) -> Log:
     )
     log: Log = structlog.get_logger()
     return log
+
+
+def shown(text: str) -> str:
+    """Text as a terminal may show it: what would move the cursor, change colours or fake a line is spelt out."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def shown_lines(text: str) -> str:
+    """The same for text whose lines are our own."""
+    return "\n".join(map(shown, text.split("\n")))
+
+
+def _show_fields(_: Any, __: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Ids and errors come from a server; what is no text the renderer writes as Python does, which is harmless."""
+    for name, value in fields.items():
+        if isinstance(value, str):
+            fields[name] = shown_lines(value) if name == "exception" else shown(value)
+    return fields
 
 
 class Metrics:
@@ -107,3 +128,7 @@ class Metrics:
             "Seconds until the server drops the stream of the most endangered unfinished run",
             registry=self.registry,
         )
+        tasks = Gauge(
+            "letta_ingest_tasks", "Tasks of the worker: grows with the runs, and only so", registry=self.registry
+        )
+        tasks.set_function(lambda: len(asyncio.all_tasks()))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import msgspec
 import tenacity
+from tenacity import wait_exponential, wait_random, wait_random_exponential
 
 from worker.errors import BadRequestError, TroubleError
 
@@ -28,31 +29,55 @@ class Patience(msgspec.Struct, frozen=True):
     record: float = 8.0
     """So long after the terminal marker the server may still call a run running (letta-protocol trap 9)."""
 
+    @property
+    def rest(self) -> float:
+        """A place whose connection broke stays empty for up to so long.
+
+        Else a thousand runs that are cut off would come back at one moment, and those that wait for a place would find
+        out one after the other, in no time, that the server is down.
+        """
+        return self.turn / 10
+
 
 class _WaitForServer(tenacity.wait.wait_base):
-    """As long as the server asks for, else growing and with jitter, so that many followers never come back at once."""
+    """As long as the server asks for, and then growing; half of it is chance, so that who failed at once is spread."""
 
     def __init__(self, most_seconds: float) -> None:
-        self._growing = tenacity.wait_exponential(multiplier=0.2, max=most_seconds) + tenacity.wait_random(0, 1)
+        wait = {"multiplier": 0.2, "max": most_seconds / 2}
+        self._growing = wait_exponential(**wait) + wait_random_exponential(**wait) + wait_random(0, 1)
 
     def __call__(self, retry_state: tenacity.RetryCallState) -> float:
         """Seconds to wait before the next attempt."""
         error = retry_state.outcome.exception() if retry_state.outcome else None
         asked = error.retry_after if isinstance(error, TroubleError) else None
-        return max(asked or 0.0, self._growing(retry_state))
+        # Added and not only at least: a server that tells a thousand to come back in 5 s means not all at that moment.
+        return (asked or 0.0) + self._growing(retry_state)
+
+
+class _StopAfterAnswers(tenacity.stop.stop_base):
+    """So many failed answers; an outage, however long, says nothing of what was asked for and does not count."""
+
+    def __init__(self, most_answers: int) -> None:
+        self._left = most_answers
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
+        """Whether it is enough."""
+        error = retry_state.outcome.exception() if retry_state.outcome else None
+        self._left -= not (isinstance(error, TroubleError) and error.is_outage)
+        return self._left <= 0
 
 
 def until_it_works(
     before_sleep: Callable[[tenacity.RetryCallState], None] | None = None,
     *,
     most_seconds: float = 60.0,
-    most_attempts: int | None = None,
+    most_answers: int | None = None,
 ) -> tenacity.AsyncRetrying:
     """Attempts against a server in trouble; every other error goes straight through."""
     return tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_type((TroubleError, BadRequestError)),
         wait=_WaitForServer(most_seconds),
-        stop=tenacity.stop_never if most_attempts is None else tenacity.stop_after_attempt(most_attempts),
+        stop=tenacity.stop_never if most_answers is None else _StopAfterAnswers(most_answers),
         before_sleep=before_sleep,
         reraise=True,
     )

@@ -7,6 +7,7 @@ import msgspec
 
 from worker.core.chunks import MAX_COLUMN_CHARS
 from worker.core.records import STREAM_EXPIRY
+from worker.observe import shown
 from worker.storage.reads import Reads
 
 SHOWN_RUNS = 20
@@ -59,17 +60,17 @@ async def read_status(reads: Reads, now: dt.datetime, shown: int = SHOWN_RUNS) -
                 status=run.record.status,
                 cursor=run.cursor,
                 last_chunk_seconds_ago=_seconds(now - last[run.record.run_id]) if run.record.run_id in last else None,
-                seconds_to_expiry=_seconds(run.record.created_at + STREAM_EXPIRY - now),
+                # In this order: a server may name a time that has no later one.
+                seconds_to_expiry=_seconds(STREAM_EXPIRY - (now - run.record.created_at)),
             )
             for run in unfinished
         ],
     )
 
 
-def printable(value: Any) -> str:
+def printable(value: Any, most: int = MAX_COLUMN_CHARS) -> str:
     """Text as a terminal may show it: an id made to move the cursor or to change colours is shown, not obeyed."""
-    text = "-" if value is None else str(value)[:MAX_COLUMN_CHARS]
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    return "-" if value is None else shown(str(value)[:most])
 
 
 def _seconds(duration: dt.timedelta) -> float:

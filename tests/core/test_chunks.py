@@ -10,7 +10,18 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from worker.core.chunks import MAX_COLUMN_CHARS, MAX_SEQ_ID, Chunk, Done, Event, Ping, ServerError, Unparsable, parse
+from worker.core.chunks import (
+    MAX_COLUMN_CHARS,
+    MAX_SEQ_ID,
+    MAX_SLOWLY_READ,
+    Chunk,
+    Done,
+    Event,
+    Ping,
+    ServerError,
+    Unparsable,
+    parse,
+)
 from worker.core.sse import SseDecoder, SseEvent
 
 RUN = "run-3fcaa9e3-8334-4c88-8836-a9656f2f4eaf"
@@ -244,7 +255,7 @@ def test_what_is_odd_but_readable_is_a_chunk_verbatim(data: str) -> None:
     assert event.payload == data
 
 
-@pytest.mark.parametrize("field", ["message_type", "id", "otid", "step_id", "run_id"])
+@pytest.mark.parametrize("field", ["message_type", "id", "otid", "step_id"])
 @pytest.mark.parametrize(
     ("value", "column"),
     [
@@ -268,6 +279,27 @@ def test_a_column_holds_only_what_a_database_can_hold(field: str, value: object,
     assert isinstance(event, Chunk)
     assert getattr(event, "message_id" if field == "id" else field) == column
     assert (event.seq_id, event.payload) == (1, data)
+
+
+@pytest.mark.parametrize("value", ["x" * (MAX_COLUMN_CHARS + 1), "nul\0", "lone\ud83d", 7, True, ["a"], {}])
+def test_the_id_of_no_run_is_not_taken_for_ours(value: object) -> None:
+    """A run_id that no run of ours can have makes a chunk nobody's: kept as bytes, and a ping is a keepalive (I1)."""
+    data = json.dumps({"run_id": value, "seq_id": 1})
+    event = parsed(data)
+    assert isinstance(event, Unparsable)
+    assert event.raw == data.encode()
+    ping = parsed(json.dumps({"run_id": value, "seq_id": 1, "message_type": "ping"}))
+    assert isinstance(ping, Ping)
+    assert ping.chunk.seq_id is None
+
+
+def test_what_is_read_slowly_is_not_large() -> None:
+    """Only a small payload is given to the standard library, which takes thirty times its size at once (I8)."""
+    small, large = (b'{"seq_id":1,"a":NaN,"b":[%s1]}' % (b"{}," * (size // 3)) for size in (1000, MAX_SLOWLY_READ))
+    assert isinstance(parsed(small), Chunk)
+    event = parsed(large)
+    assert isinstance(event, Unparsable)
+    assert event.raw == large
 
 
 JSON = st.recursive(
@@ -310,7 +342,7 @@ def test_parse_never_fails_and_never_alters(data: bytes, name: str, is_oversized
 @given(st.dictionaries(FIELDS, JSON), st.integers(1, MAX_SEQ_ID))
 def test_what_the_standard_library_reads_has_the_same_columns(fields: dict[str, object], number: int) -> None:
     """The quick reading of a payload's head agrees with a whole decode of it (I1)."""
-    fields = {**fields, "seq_id": number, "message_type": "assistant_message"}
+    fields = {**fields, "seq_id": number, "message_type": "assistant_message", "run_id": "run-1"}
     event = parsed(json.dumps(fields))
     assert isinstance(event, Chunk)
     read = json.loads(event.payload)

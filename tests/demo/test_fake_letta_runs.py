@@ -121,20 +121,6 @@ async def test_trimmed_log(letta: FakeLetta, client: httpx.AsyncClient) -> None:
     assert [number for number, _ in run.expected_rows(ever_logged=True)] == [1, 2, 3, 4, 5, 6, 7]
 
 
-async def test_long_log_is_trimmed_as_redis_does(letta: FakeLetta, client: httpx.AsyncClient) -> None:
-    """13,000 tokens leave 10,004 entries from 3001 on, as measured; the stored message has them all."""
-    run = letta.new_run(pings=False)
-    for _ in range(13_000):
-        run.say("x")
-    run.complete()
-
-    (_, message) = (await client.get(f"/v1/runs/{run.id}/messages")).json()
-
-    assert (len(run.log), run.log[0].seq_id) == (10_004, 3001)
-    assert (await numbers(client, run, starting_after=500, batch_size=1000))[:2] == [3001, 3002]
-    assert len(message["content"]) == 13_000
-
-
 async def test_slow_reader_loses_what_is_trimmed_ahead_of_it(letta: FakeLetta, client: httpx.AsyncClient) -> None:
     """A live reader that is overtaken by the trimming finds a hole in the middle of its response."""
     letta.max_length = 10

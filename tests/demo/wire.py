@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     import httpx
 
-UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|(?<=call_)[0-9a-f]{20}"
-DATE = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?"
+UUID = r"([a-z]+-)?[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|(?<=call_)[0-9a-f]{20}"
+DATE = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?|datetime\.datetime\([^()]*(\([^()]*\))?\)"
 
 
 def captured(name: str) -> str:
@@ -36,7 +36,8 @@ def between(text: str, start: str, end: str) -> str:
 def normal(text: str) -> str:
     """Replace dates, and each id by its order of appearance, so that which ids are equal still shows."""
     seen: dict[str, str] = {}
-    named = re.sub(UUID, lambda found: seen.setdefault(found[0], f"ID{len(seen)}"), text)
+    # With its prefix: one otid in 128 is the uuid of its message, too.
+    named = re.sub(UUID, lambda found: seen.setdefault(found[0], f"{found[1] or ''}ID{len(seen)}"), text)
     return re.sub(DATE, "DATE", named)
 
 
@@ -53,6 +54,7 @@ async def raw(url: str, method: str, path: str, body: str = "", **headers: str) 
     """Send a request and return every byte of the answer, chunk framing included."""
     reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
     lines = [f"{method} {path} HTTP/1.1", "host: letta", f"content-length: {len(body)}", "connection: close"]
+    lines += ["content-type: application/json"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     writer.write("\r\n".join([*lines, "", body]).encode())
     try:
@@ -90,7 +92,8 @@ async def probe(
     """Send a request and describe the answer: status, then one line per event, then how it ended."""
     lines: list[str] = []
     try:
-        async with asyncio.timeout(patience), client.stream(method, path, content=body) as answer:
+        asked = client.stream(method, path, content=body, headers={"content-type": "application/json"})
+        async with asyncio.timeout(patience), asked as answer:
             kind = answer.headers["content-type"]
             lines.append(f"HTTP {answer.status_code} {kind}")
             if "event-stream" not in kind:

@@ -142,6 +142,21 @@ async def test_cancelled_and_orphaned(rig: Rig, letta: FakeLetta) -> None:
     assert len(rig.asked("stream")) <= 5
 
 
+async def test_cancelled_and_too_long_to_be_read(rig: Rig, letta: FakeLetta) -> None:
+    """Where the server needs too long to get to the cursor, it cuts every reading off there: the rest is a gap (I5)."""
+    run = talking(letta)
+    async with rig.following(run):
+        await rig.until_stored(run, 6)
+        had = run.expected_rows()
+        letta.cancel_check_interval = 0  # its check is due before the first chunk behind the cursor
+        run.cancel()
+        run.say("in the log, and never sent")
+        run.finish_cancel()
+
+    await rig.assert_stored(run, "incomplete", (7, None, "not served", None), rows=had)
+    assert len(rig.asked("stream")) <= 10
+
+
 async def test_orphan_expires(rig_on_both: Rig, letta: FakeLetta) -> None:
     """An orphan sends pings for ever; it is asked for ever less often, and at its 410 its end is a gap (I5, I9)."""
     rig, run = rig_on_both, talking(letta)

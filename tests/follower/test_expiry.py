@@ -157,6 +157,20 @@ async def test_deleted_run(rig: Rig, letta: FakeLetta) -> None:
     assert row["settled_at"]
 
 
+async def test_deleted_conversation(rig: Rig, letta: FakeLetta) -> None:
+    """The stream of a deleted conversation's run is read to its end all the same, though REST has no messages (I5)."""
+    run = letta.new_run(letta.new_conversation())
+    run.say("one ")
+    run.complete()
+    letta.delete_conversation(str(run.conversation_id))
+
+    await rig.follow(run)
+
+    await rig.assert_complete(run)
+    assert await rig.messages(run) == []
+    assert await rig.query("SELECT verdict FROM runs") == [("unmatched",)]
+
+
 async def test_deleted_while_followed(rig: Rig, letta: FakeLetta) -> None:
     """A run deleted under its reader keeps its rows and is settled, and nobody asks for it again (I5)."""
     run = letta.new_run(letta.new_conversation())

@@ -1,4 +1,7 @@
-"""Fixtures of the tests against a real Letta server: the lab, who talks in it, who looks into it, and the worker."""
+"""Fixtures of the tests of the worker on a real Letta server: the worker, its database, the outages.
+
+The lab itself is in tests/conftest.py: the behaviour suite asks the same server.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,42 +27,6 @@ class MakeWorker(Protocol):
     ) -> Worker:
         """Make it; it is not started."""
         ...
-
-
-@pytest.fixture(scope="session")
-def say(request: pytest.FixtureRequest) -> Say:
-    """Print a line on the terminal at once: these tests take minutes and must not look dead."""
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-
-    def say(text: str) -> None:
-        with capture.global_and_fixture_disabled():
-            print(f"\n[real letta] {text}", end="", flush=True)
-
-    return say
-
-
-@pytest.fixture(scope="session")
-def lab(say: Say, request: pytest.FixtureRequest) -> Iterator[Lab]:
-    """The running server. Its logs are kept if a test failed."""
-    with Lab(say) as lab:
-        yield lab
-        lab.keep_directory = request.session.testsfailed > 0
-
-
-@pytest.fixture(scope="session")
-def driver(lab: Lab) -> Iterator[Driver]:
-    """The application that talks to the server."""
-    driver = Driver(lab.letta.url)
-    yield driver
-    driver.close()
-
-
-@pytest.fixture(scope="session")
-def log(lab: Lab) -> Iterator[ServerLog]:
-    """The oracle."""
-    log = ServerLog(lab.redis.port)
-    yield log
-    log.close()
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,9 @@ async def test_postgresql_does_not_let_us_in(postgresql_url: str) -> None:
     """I7: A wrong role and a wrong database are refused, in the server's words."""
     role = await failure(postgresql_url.replace("postgres@", "stranger@"))
     assert_refusal(role)
-    assert describe(role) == 'InvalidAuthorizationSpecificationError: role "stranger" does not exist'
+    said, remedy = describe(role).split("; ")
+    assert said == 'InvalidAuthorizationSpecificationError: role "stranger" does not exist'
+    assert "storage.url" in remedy
     assert_refusal(await failure(postgresql_url.rsplit("/", 1)[0] + "/nowhere"))
 
 

@@ -25,12 +25,20 @@ class Life:
     """One process running `letta-ingest` with these arguments; what it says goes to the end of a file.
 
     Its stdout goes there too unless it gets a file of its own. `environ` is what its environment has besides ours.
+    `prepare` is called in the process before anything else; it must survive pickling.
     """
 
     def __init__(
-        self, arguments: list[str], log: Path, *, stdout: Path | None = None, environ: dict[str, str] | None = None
+        self,
+        arguments: list[str],
+        log: Path,
+        *,
+        stdout: Path | None = None,
+        environ: dict[str, str] | None = None,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
-        self._process = _context.Process(target=_live, args=(arguments, str(stdout or log), str(log), environ or {}))
+        said = (arguments, str(stdout or log), str(log), environ or {}, prepare)
+        self._process = _context.Process(target=_live, args=said)
         self._process.start()
 
     @property
@@ -66,11 +74,15 @@ async def until(is_so: Callable[[], bool], seconds: float) -> None:
             await asyncio.sleep(0.02)
 
 
-def _live(arguments: list[str], stdout: str, stderr: str, environ: dict[str, str]) -> None:
+def _live(
+    arguments: list[str], stdout: str, stderr: str, environ: dict[str, str], prepare: Callable[[], None] | None
+) -> None:
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
     os.environ.update(environ)
     sys.argv = ["letta-ingest", *arguments]
+    if prepare is not None:
+        prepare()
     from worker.cli import main  # noqa: PLC0415 - imported long ago, in the process this one was forked from
 
     main()

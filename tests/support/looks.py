@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import asyncpg
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Collection
+
+
+UNSETTLED = """
+    SELECT run_id, last_seq_id, (SELECT count(*) FROM chunks WHERE chunks.run_id = runs.run_id)
+    FROM runs WHERE settled_at IS NULL ORDER BY run_id
+"""
 
 
 class Query(Protocol):
@@ -22,48 +28,77 @@ class Query(Protocol):
 
 @dataclass(frozen=True)
 class RunLook:
-    """One run as stored; `rows` is what `chunk_count` says, or, where asked for, counted."""
+    """One run as stored, with its rows counted: all of them, and those up to the cursor."""
 
     state: str
     cursor: int
     rows: int
+    rows_to_cursor: int
     is_settled: bool
 
 
 class Look:
     """Reads one database."""
 
-    def __init__(self, query: Query) -> None:
+    def __init__(self, query: Query, *, is_server: bool) -> None:
         self._query = query
+        self.is_server = is_server
+        """PostgreSQL; else a SQLite file."""
 
-    async def runs(self) -> dict[str, RunLook]:
-        """All runs, with the worker's own count of their rows. Cheap."""
-        found = await self._query("SELECT run_id, state, last_seq_id, chunk_count, settled_at IS NOT NULL FROM runs")
-        return {run_id: RunLook(state, cursor, rows, bool(done)) for run_id, state, cursor, rows, done in found}
-
-    async def counted(self, *, only_unsettled: bool = False) -> dict[str, RunLook]:
-        """All runs, with their rows counted."""
+    async def runs(self, *, only_unsettled: bool = False) -> dict[str, RunLook]:
+        """All runs, or those that are not settled."""
+        rows = "SELECT count(*) FROM chunks WHERE chunks.run_id = runs.run_id"
         found = await self._query(f"""
-            SELECT run_id, state, last_seq_id, (SELECT count(*) FROM chunks WHERE chunks.run_id = runs.run_id),
-            settled_at IS NOT NULL FROM runs {"WHERE settled_at IS NULL" if only_unsettled else ""}
+            SELECT run_id, state, last_seq_id, ({rows}), ({rows} AND seq_id <= last_seq_id), settled_at IS NOT NULL
+            FROM runs {"WHERE settled_at IS NULL" if only_unsettled else ""}
         """)
-        return {run_id: RunLook(state, cursor, rows, bool(done)) for run_id, state, cursor, rows, done in found}
+        return {run_id: RunLook(*values, is_settled=bool(settled)) for run_id, *values, settled in found}
 
-    async def chunks(self) -> list[tuple[str, int, str]]:
-        """Every row."""
-        rows = await self._query("SELECT run_id, seq_id, payload FROM chunks ORDER BY run_id, seq_id")
+    async def settled(self) -> set[str]:
+        """The runs there is nothing more to do for."""
+        return {run_id for (run_id,) in await self._query("SELECT run_id FROM runs WHERE settled_at IS NOT NULL")}
+
+    async def chunks(self, run_ids: Collection[str] | None = None) -> list[tuple[str, int, str]]:
+        """Every row, or those of these runs."""
+        chosen = "" if run_ids is None else f"WHERE run_id IN {_listed(run_ids)}"
+        rows = await self._query(f"SELECT run_id, seq_id, payload FROM chunks {chosen} ORDER BY run_id, seq_id")
         return cast("list[tuple[str, int, str]]", rows)
+
+    async def unsettled(self) -> list[tuple[str, int, int]]:
+        """(run_id, cursor, rows) of every run that is not settled."""
+        return cast("list[tuple[str, int, int]]", await self._query(UNSETTLED))
+
+    async def stored(self) -> int:
+        """How many chunks are stored up to their runs' cursors, by the worker's own count. Cheap."""
+        return int((await self._query("SELECT coalesce(sum(chunk_count), 0) FROM runs"))[0][0])
 
     async def count(self, table: str) -> int:
         """Rows in a table."""
         return int((await self._query(f"SELECT count(*) FROM {table}"))[0][0])
+
+    async def tables(self) -> set[str]:
+        """The names of all tables."""
+        where = "information_schema.tables WHERE table_schema = 'public' AND table_type = 'BASE TABLE'"
+        where = where if self.is_server else "sqlite_master WHERE type = 'table'"
+        return {
+            name for (name,) in await self._query(f"SELECT {'table_name' if self.is_server else 'name'} FROM {where}")
+        }
+
+    async def sessions(self) -> int:
+        """How many connections of workers the server still has: it may outlive its client by a statement."""
+        mine = "datname = current_database() AND application_name = 'letta-ingest'"
+        return (
+            int((await self._query(f"SELECT count(*) FROM pg_stat_activity WHERE {mine}"))[0][0])
+            if self.is_server
+            else 0
+        )
 
 
 @asynccontextmanager
 async def looking(url: str) -> AsyncIterator[Look]:
     """Look into the database at a URL as it stands in the configuration."""
     if url.startswith("sqlite"):
-        yield Look(_sqlite(Path(url.removeprefix("sqlite:///"))))
+        yield Look(_sqlite(Path(url.removeprefix("sqlite:///"))), is_server=False)
         return
     connection = await asyncpg.connect(url)
     try:
@@ -71,7 +106,7 @@ async def looking(url: str) -> AsyncIterator[Look]:
         async def query(sql: str) -> list[tuple[Any, ...]]:
             return [tuple(row) for row in await connection.fetch(sql)]
 
-        yield Look(query)
+        yield Look(query, is_server=True)
     finally:
         await connection.close()
 
@@ -83,3 +118,7 @@ def _sqlite(path: Path) -> Query:
             return connection.execute(sql).fetchall()
 
     return query
+
+
+def _listed(values: Collection[str]) -> str:
+    return "({})".format(", ".join(f"'{value}'" for value in values))

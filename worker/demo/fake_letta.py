@@ -173,6 +173,12 @@ class FakeLetta:
         self.conversations[made.id] = made
         return made.id
 
+    def delete_conversation(self, conversation_id: str) -> None:
+        """Delete a conversation: its runs stay, and so do their streams, but not their messages."""
+        del self.conversations[conversation_id]
+        for run in self.runs.values():
+            run.is_deleted |= run.conversation_id == conversation_id
+
     def new_run(
         self,
         conversation_id: str | None = None,

@@ -150,13 +150,17 @@ async def list_messages(letta: FakeLetta, exchange: Exchange, run_id: str) -> No
     ids = list(stored)
     if query.limit < 0:
         raise Refusal(500, "A database error occurred.")
-    if query.before in ids:
+    for cursor in (query.before, query.after):
+        if cursor is not None and cursor not in stored:
+            raise Refusal(404, f"No message found with id '{cursor}' for agent 'None'.")
+    if query.before is not None:
         ids = ids[: ids.index(query.before)]
-    if query.after in ids:
+    if query.after is not None:
         ids = ids[ids.index(query.after) + 1 :]
     if query.order == "desc":
         ids.reverse()
-    await exchange.json(200, [item for id_ in ids[: query.limit] for item in stored[id_]])
+    step = -1 if query.order == "desc" else 1  # the items of one message are reversed, too
+    await exchange.json(200, [item for id_ in ids[: query.limit] for item in stored[id_][::step]])
 
 
 async def list_conversations(letta: FakeLetta, exchange: Exchange, _: str) -> None:
@@ -311,13 +315,19 @@ def stream_request(exchange: Exchange) -> StreamRequest | None:
     """Parse the body of a stream request; None if there is none."""
     if not exchange.raw_body:
         return None
+    if not re.fullmatch(r"application/([\w.-]+\+)?json", exchange.wire.content_type):
+        raise not_an_object(exchange.raw_body)
     try:
         value = json.loads(exchange.raw_body)
     except ValueError as error:
         position, message = getattr(error, "pos", 0), getattr(error, "msg", str(error))
         detail = {"type": "json_invalid", "loc": ("body", position), "msg": "JSON decode error"}
         raise invalid([detail | {"input": {}, "ctx": {"error": message}}]) from error
-    return None if value is None else validated(StreamRequest, value, "body")
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise not_an_object(value)
+    return validated(StreamRequest, value, "body")
 
 
 def validated(model: type[Model], value: object, where: str) -> Model:
@@ -332,6 +342,12 @@ def validated(model: type[Model], value: object, where: str) -> Model:
 def invalid(errors: Sequence[object]) -> Refusal:
     """Return the server's 422, which holds the errors as Python text."""
     return Refusal(422, repr(list(errors)), trace_id="")
+
+
+def not_an_object(value: object) -> Refusal:
+    """Return the 422 for a body that is no JSON object, or that is not called JSON by its content type."""
+    message = "Input should be a valid dictionary or object to extract fields from"
+    return invalid([{"type": "model_attributes_type", "loc": ("body",), "msg": message, "input": value}])
 
 
 def check_conversation_id(conversation_id: str) -> None:

@@ -135,6 +135,8 @@ class FakeRun:
         self.completed_at: datetime | None = None
         self.status: Status = "running"
         self.ended_with: str | None = None
+        self.is_deleted = False
+        """Its conversation was: then its messages are gone, but neither its record nor its stream."""
         self.metadata: dict[str, Any] = {
             "run_type": "send_conversation_message" if conversation_id else "send_message",
         }
@@ -222,21 +224,28 @@ class FakeRun:
         self._end("completed", word)
         self.write_done()
 
-    def fail(self, detail: str) -> None:
-        """Fail in mid-stream: two stop_reasons and an ``event: error`` that is the last thing sent."""
+    def fail(
+        self,
+        detail: str,
+        *,
+        stop_reasons: tuple[str, ...] = ("error", "llm_api_error"),
+        error_type: str = "internal_error",
+        message: str = "An error occurred during agent execution.",
+    ) -> None:
+        """Fail, by default in mid-stream: stop_reasons and an ``event: error`` that is the last thing sent."""
         error = {
             "message_type": "error_message",
             "run_id": self.id,
-            "error_type": "internal_error",
-            "message": "An error occurred during agent execution.",
+            "error_type": error_type,
+            "message": message,
             "detail": detail,
             "seq_id": None,
         }
-        self.stop_reason("error")
-        self.stop_reason("llm_api_error")
+        for word in stop_reasons:
+            self.stop_reason(word)
         self.write(f"event: error\ndata: {compact(error)}\n\n", complete=True)
         self.metadata["error"] = error
-        self._end("failed", "llm_api_error")
+        self._end("failed", stop_reasons[-1])
         self.write_done()
 
     def fail_to_start(self, detail: str) -> None:
@@ -320,8 +329,8 @@ class FakeRun:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """What REST lists: nothing unless the run completed."""
-        if self.status != "completed":
+        """What REST lists: nothing unless the run completed, or once its conversation was deleted."""
+        if self.status != "completed" or self.is_deleted:
             return []
         return [dict(self._prompt), *(part.whole() for part in self._parts)]
 
@@ -373,6 +382,8 @@ class FakeRun:
         return self.write_json(part.message | fields | {"date": this_second()})
 
     def _append(self, seq_id: int, data: str, *, complete: bool) -> None:
+        if not self.background:
+            return  # its events go to whoever started it, and nowhere else
         entry = Entry(len(self.history), seq_id, data, complete)
         self.history.append(entry)
         self.log.append(entry)

@@ -103,6 +103,7 @@ class StreamAnswer:
                     return
             if reader.at_end and not await self._wait():
                 return
+            await asyncio.sleep(0)  # each batch takes its time, also one that the cursor covers
 
     async def _send(self, entry: Entry) -> None:
         text = self._run.on_the_wire(entry)

@@ -1,6 +1,6 @@
 """The independent count: what FakeLetta served, compared with the rows in the file, without any code of the worker.
 
-Used by demo.py and by the kill campaign. ``stored_rows`` reads with the sqlite3 module alone.
+Used by demo.py and by the crash campaign (tests/torture). ``stored_rows`` reads with the sqlite3 module alone.
 """
 
 from __future__ import annotations

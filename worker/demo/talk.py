@@ -1,6 +1,6 @@
 """Agents that talk: scripts that keep FakeLetta's runs growing at a given pace, all kinds of them.
 
-Used by demo.py and by the kill campaign (tests/system/test_kills.py). The same seed gives the same scripts.
+Used by demo.py and by the crash campaign (tests/torture). The same seed gives the same scripts.
 """
 
 from __future__ import annotations

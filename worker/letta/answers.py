@@ -27,13 +27,16 @@ from worker.errors import (
     WorkerError,
 )
 
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec says of bytes that are no JSON; of those that are no UTF-8 it does not raise an error of its own."""
 MAX_RETRY_AFTER = 3600.0
 """Seconds; a server that names more than an hour is asked again after an hour."""
+MAX_DETAIL_CHARS = 500
 
 
-def error_of(status: int, headers: Mapping[str, str], body: bytes) -> WorkerError:
-    """The error a status code stands for (letta-protocol d, trap 15)."""
-    detail = _detail(body)
+def error_of(status: int, headers: Mapping[str, str], body: bytes, key: str = "") -> WorkerError:
+    """The error a status code stands for (letta-protocol d, trap 15); its text does not hold the key."""
+    detail = without_key(_detail(body), key)[:MAX_DETAIL_CHARS]
     message = f"HTTP {status}: {detail}" if detail else f"HTTP {status}"
     error: WorkerError
     if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
@@ -63,14 +66,21 @@ def error_of(status: int, headers: Mapping[str, str], body: bytes) -> WorkerErro
         error = BadRequestError(message)
     if isinstance(error, TroubleError):
         error.retry_after = _retry_after(headers.get("retry-after"))
+        # These may be said of one thing, and for good: 500 is Letta's word for whatever fails inside it.
+        error.is_outage = status not in {HTTPStatus.NOT_FOUND, HTTPStatus.INTERNAL_SERVER_ERROR}
     return error
+
+
+def without_key(text: str, key: str) -> str:
+    """What another side says; a proxy, or whatever else is there, may answer with the request it was sent (I10)."""
+    return text.replace(key, "(the API key)") if key else text
 
 
 def _is_letta_own(body: bytes) -> bool:
     """The answer is about the thing asked for; `Not Found` alone is any web framework's word for an unknown path."""
     try:
         answer = msgspec.json.decode(body)
-    except (msgspec.MsgspecError, RecursionError):
+    except _UNREADABLE:
         return False
     return isinstance(answer, dict) and answer.get("detail") not in {None, "", "Not Found"}
 
@@ -149,7 +159,7 @@ def _objects(body: bytes) -> list[dict[str, Any]]:
 def _array(body: bytes) -> list[bytes]:
     try:
         return [bytes(raw) for raw in msgspec.json.decode(body, type=list[msgspec.Raw])]
-    except (msgspec.MsgspecError, RecursionError):
+    except _UNREADABLE:
         pass
     try:
         return _array_by_standard_library(body.decode())
@@ -177,9 +187,9 @@ def _object(raw: bytes) -> dict[str, Any]:
     fields: object = None
     try:
         fields = msgspec.json.decode(raw)
-    except (msgspec.MsgspecError, RecursionError):
+    except _UNREADABLE:
         with contextlib.suppress(ValueError, RecursionError):
-            fields = json.loads(raw)
+            fields = json.loads(raw.decode())  # of bytes it would also take what is no UTF-8
     if not isinstance(fields, dict):
         raise TroubleError(f"the server sends something that is not a JSON object: {raw[:100]!r}")
     return fields
@@ -188,10 +198,10 @@ def _object(raw: bytes) -> dict[str, Any]:
 def _detail(body: bytes) -> str:
     try:
         fields = msgspec.json.decode(body)
-    except (msgspec.MsgspecError, RecursionError):
-        return body[:200].decode("utf-8", "replace").strip()
-    detail = fields.get("detail", fields) if isinstance(fields, dict) else fields
-    return str(detail)[:500]
+        text = str(fields.get("detail", fields) if isinstance(fields, dict) else fields)
+    except _UNREADABLE:
+        text = body.decode("utf-8", "replace")
+    return storable(" ".join(text.split()))  # one line, and it may become the run's stored error
 
 
 def _text(value: object) -> str | None:

@@ -25,13 +25,25 @@ from worker.errors import (
     TroubleError,
     WorkerError,
 )
-from worker.letta.answers import error_of, is_event_stream, read_ids, read_messages, read_runs, read_version
+from worker.letta.answers import (
+    error_of,
+    is_event_stream,
+    read_ids,
+    read_messages,
+    read_runs,
+    read_version,
+    without_key,
+)
 from worker.letta.paging import Paging
 
-MAX_ANSWER_BYTES = 512 * 1024 * 1024
-"""A JSON answer larger than this is refused, so that memory stays bounded (I8)."""
+MAX_ANSWER_BYTES = 128 * 1024 * 1024
+"""A JSON answer larger than this is refused, and so are messages of one run, so that memory stays bounded (I8)."""
+MESSAGE_OVERHEAD = 1000
+"""Bytes a message costs besides its payload, however small."""
 MAX_ERROR_BYTES = 64 * 1024
 """So much is read of an error's body."""
+ANSWER_SECONDS = 300.0
+"""An answer that is not whole after so long is given up: bytes that drip in outwit every timeout between them."""
 RUNS_A_PAGE = 100
 QUESTIONS_AT_ONCE = 4
 """REST requests under way at once: each costs the server a database connection, as a stream does."""
@@ -83,6 +95,11 @@ class LettaClient:
         self._paging = Paging()
         self._asking = asyncio.Semaphore(QUESTIONS_AT_ONCE)
 
+    @property
+    def _key(self) -> str:
+        """What no error may hold. Not kept as a field, which a debugger would show."""
+        return str(self._http.headers.get("authorization", "")).removeprefix("Bearer ")
+
     async def server_version(self) -> str:
         """The server's version, e.g. `0.16.8`; needs no credentials (letta-protocol j)."""
         return read_version(await self._get("/v1/health/"))
@@ -108,9 +125,11 @@ class LettaClient:
         """The messages the server stored for a run, oldest first, page by page.
 
         A page's length says nothing about the end, because `limit` counts stored messages and not items
-        (letta-protocol f): the walk ends with the first page that brings nothing new.
+        (letta-protocol f): the walk ends with the first page that brings nothing new. Raises TroubleError when all
+        pages together are larger than an answer may be.
         """
         seen: set[tuple[str, str | None, str | None]] = set()
+        size = 0
         after: dict[str, str] = {}
         while True:
             path = f"/v1/runs/{_quoted(run_id)}/messages"
@@ -118,6 +137,9 @@ class LettaClient:
             new = [m for m in page if (m.message_id, m.otid, m.message_type) not in seen]
             if not new:
                 return
+            size += sum(MESSAGE_OVERHEAD + len(message.payload) for message in new)
+            if size > MAX_ANSWER_BYTES:
+                raise TroubleError(f"the run's messages are larger than {MAX_ANSWER_BYTES} bytes, or without end")
             seen.update((m.message_id, m.otid, m.message_type) for m in new)
             after = {"after": new[-1].message_id}
             yield new
@@ -130,7 +152,7 @@ class LettaClient:
         server sends its headers only with it (letta-protocol d). The body is always an object: an empty one makes
         the server's reader die (letta-protocol c).
         """
-        with _as_worker_errors():
+        with self._as_worker_errors():
             request = self._http.build_request(
                 "POST",
                 _stream_path(address),
@@ -139,10 +161,12 @@ class LettaClient:
             )
             response = await self._http.send(request, stream=True)
         try:
+            _check_layers(response, most=0)  # asked for identity; unpacked, one read could be a million events
             if response.status_code != httpx.codes.OK:
-                with _as_worker_errors():
-                    body = await _read_beginning(response)
-                raise _refusal_of(address, error_of(response.status_code, response.headers, body))
+                with self._as_worker_errors():
+                    async with asyncio.timeout(ANSWER_SECONDS):
+                        error = await self._error_in(response)
+                raise _refusal_of(address, error)
             if not is_event_stream(response.headers):
                 kind = response.headers.get("content-type", "nothing")
                 raise TroubleError(f"the server answered a stream request with {kind}: is base_url a Letta server?")
@@ -154,9 +178,22 @@ class LettaClient:
 
     async def _events(self, response: httpx.Response) -> AsyncGenerator[list[Event], None]:
         decoder = SseDecoder(self._options.max_event_bytes)
-        with _as_worker_errors():
+        with self._as_worker_errors():
             async for received in response.aiter_bytes():
                 yield [parse(event) for event in decoder.feed(received)]
+
+    async def _error_in(self, response: httpx.Response) -> WorkerError:
+        return error_of(response.status_code, response.headers, await _read_beginning(response), self._key)
+
+    @contextlib.contextmanager
+    def _as_worker_errors(self) -> Iterator[None]:
+        """Foreign exceptions end here: whatever the network does is trouble to wait out."""
+        try:
+            yield
+        except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, aiohttp.ClientError, OSError) as error:
+            trouble = TroubleError(without_key(" ".join(_described(error).split()), self._key))
+            trouble.is_outage = True
+            raise trouble from error
 
     def _stream_body(self, address: Address, cursor: int) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -175,10 +212,15 @@ class LettaClient:
         return read_runs(await self._get("/v1/runs/", **({"order": "desc"} | cursor), limit=limit))
 
     async def _get(self, path: str, **query: str | int) -> bytes:
-        with _as_worker_errors():
-            async with self._asking, self._http.stream("GET", path, params=query) as response:
+        with self._as_worker_errors():
+            async with (
+                self._asking,
+                asyncio.timeout(ANSWER_SECONDS),
+                self._http.stream("GET", path, params=query) as response,
+            ):
+                _check_layers(response, most=1)
                 if response.status_code != httpx.codes.OK:
-                    raise error_of(response.status_code, response.headers, await _read_beginning(response))
+                    raise await self._error_in(response)
                 return await _read_bounded(response, MAX_ANSWER_BYTES)
 
 
@@ -201,6 +243,13 @@ def _quoted(identifier: str) -> str:
     return quote(identifier, safe="", errors="replace")
 
 
+def _check_layers(response: httpx.Response, most: int) -> None:
+    """Of what is packed twice, one small read may unpack to gigabytes at once (I8)."""
+    layers = [name for name in response.headers.get_list("content-encoding", split_commas=True) if name != "identity"]
+    if len(layers) > most:
+        raise TroubleError(f"the server's answer is packed as {', '.join(layers)}, which nobody asked for")
+
+
 async def _read_bounded(response: httpx.Response, max_bytes: int) -> bytes:
     body = bytearray()
     async for received in response.aiter_bytes():
@@ -220,10 +269,11 @@ async def _read_beginning(response: httpx.Response) -> bytes:
     return bytes(body[:MAX_ERROR_BYTES])
 
 
-@contextlib.contextmanager
-def _as_worker_errors() -> Iterator[None]:
-    """Foreign exceptions end here: whatever the network does is trouble to wait out."""
-    try:
-        yield
-    except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, aiohttp.ClientError, OSError) as error:
-        raise TroubleError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
+def _described(error: Exception) -> str:
+    """What aiohttp calls it: its transport for httpx calls a reset, and much else, a ConnectTimeout."""
+    cause = error.__cause__ if isinstance(error.__cause__, aiohttp.ClientError) else error
+    if isinstance(cause, aiohttp.ServerDisconnectedError):
+        return "ServerDisconnectedError"  # its text may be half an answer with all its headers
+    if type(cause) is TimeoutError and not str(cause):
+        return f"the answer was not whole after {ANSWER_SECONDS:.0f} s"
+    return f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__

@@ -61,7 +61,8 @@ class Audit:
             page = await self._page(after)
             for created_at, run_id in page:
                 async with self._engine.connect() as connection:
-                    yield await _dossier(connection, run_id)
+                    dossier = await _dossier(connection, run_id)
+                yield dossier  # not within: a check that takes long would be silent in its transaction
                 after = created_at, run_id
             if len(page) < RUNS_A_PAGE:
                 return

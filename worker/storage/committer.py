@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Generator
 from typing import Any
 
+import asyncpg
 import tenacity
 from sqlalchemy.exc import DatabaseError, StatementError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -17,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from worker.core.runlog import Accepted
 from worker.errors import InvariantError, RefusedError
 from worker.observe import Log, Metrics
-from worker.storage.engine import describe, is_outage, is_refusal, is_sqlite, outage_retries
+from worker.storage.engine import describe, is_outage, is_refusal, is_sqlite, is_timeout, outage_retries
 from worker.storage.writes import PostgresDialect, RunWrite, SqliteDialect, Write, write
 
 MAX_WAITING_BYTES = 64 * 1024 * 1024
@@ -50,6 +51,7 @@ class Committer:
         self._dialect = SqliteDialect() if is_sqlite(engine) else PostgresDialect()
         self._queue: deque[Commit] = deque()
         self._waiting_bytes = 0
+        self._lot_bytes = MAX_TRANSACTION_BYTES
         self._wakes = asyncio.Event()
         self._has_room = asyncio.Event()
         self._has_room.set()
@@ -96,7 +98,11 @@ class Committer:
                 await self._wakes.wait()
                 self._wakes.clear()
                 while lot := self._next_lot():
-                    await self._commit_lot(lot)
+                    try:
+                        await self._commit_lot(lot)
+                        self._lot_bytes = min(2 * self._lot_bytes, MAX_TRANSACTION_BYTES)
+                    except _TooMuchError:
+                        self._lot_bytes = sum(commit.size for commit in lot) // 2
         except BaseException as failure:
             self._fail(failure)
             raise
@@ -110,7 +116,7 @@ class Committer:
         lot: list[Commit] = []
         size = 0
         for commit in self._queue:
-            if lot and size + commit.size > MAX_TRANSACTION_BYTES:
+            if lot and size + commit.size > self._lot_bytes:
                 break
             lot.append(commit)
             size += commit.size
@@ -149,7 +155,7 @@ class Committer:
 
     async def _commit_patiently(self, lot: list[Write]) -> None:
         """Repeat until it is durable. Whether a failed commit was durable does not matter: a repetition is harmless."""
-        async for attempt in outage_retries(self._report_outage):
+        async for attempt in outage_retries(lambda state: self._report_outage(_error_of(state))):
             with attempt:
                 await self._commit_once(lot)
         self._report_recovery()
@@ -160,18 +166,21 @@ class Committer:
             async with self._engine.begin() as connection:
                 await write(connection, self._dialect, lot)
         except Exception as error:
-            if is_outage(error):
+            if len(lot) > 1 and is_timeout(error):
+                # What a slow database cannot take in the time that is allowed it could never take, however often.
+                self._report_outage(error)
+                raise _TooMuchError from None
+            if is_outage(error) or isinstance(error, RefusedError):
                 raise
             if is_refusal(error):
                 raise RefusedError(f"the database refuses to store: {describe(error)}") from error
-            if isinstance(error, DatabaseError | StatementError | ValueError | OverflowError):
+            if isinstance(error, DatabaseError | StatementError | asyncpg.PostgresError | ValueError | OverflowError):
                 self._report_recovery()
                 raise _UnwritableError(describe(error)) from error
             raise
         self._count(lot, time.monotonic() - started)
 
-    def _report_outage(self, state: tenacity.RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
+    def _report_outage(self, error: BaseException | None) -> None:
         if not self.is_failing and error is not None:
             self.is_failing = True
             self._log.warning("database.unavailable", error=describe(error), waiting=len(self._queue))
@@ -204,6 +213,14 @@ class Committer:
 
 def _subject(content: Write) -> str | None:
     return content.run_id if isinstance(content, RunWrite) else None
+
+
+def _error_of(state: tenacity.RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome else None
+
+
+class _TooMuchError(Exception):
+    """The database took too long for so many writes at once."""
 
 
 class _UnwritableError(Exception):

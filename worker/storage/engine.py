@@ -21,6 +21,9 @@ BUSY_TIMEOUT_SECONDS = 5.0
 CONNECT_TIMEOUT_SECONDS = 10.0
 STATEMENT_TIMEOUT_SECONDS = 45.0
 """Shorter than monitor.STUCK_SECONDS: a commit that hangs is an outage first, and a stuck worker only then."""
+IDLE_TRANSACTION_SECONDS = 15.0
+"""PostgreSQL takes its locks from a worker that falls silent in a transaction (stopped, or its machine is gone): the
+next worker would wait for them for as long as the first one's connection seems to live."""
 
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _SSL_PARAMETERS = ("sslmode", "sslrootcert", "sslcert", "sslkey", "sslcrl")
@@ -38,6 +41,9 @@ def parse_url(text: str) -> URL:
         raise ValueError(f'"{url.drivername}" is not supported; write "sqlite:///..." or "postgresql://..."')
     if driver.startswith("sqlite") and url.database in {None, "", ":memory:"}:
         raise ValueError('a database in memory would lose everything; write "sqlite:///letta-ingest.db"')
+    if url.get_backend_name() != "sqlite" and text.count("@") > 1:
+        # What follows the first one in a password would be taken for the host, and shown as such (I10).
+        raise ValueError("an @ in the user's name or the password must be written %40")
     _check_parameters(url)
     return url.set(drivername=driver)
 
@@ -64,7 +70,7 @@ def is_sqlite(engine: AsyncEngine) -> bool:
 
 
 def _postgresql_engine(url: URL) -> AsyncEngine:
-    return create_async_engine(
+    engine = create_async_engine(
         url.set(query={}),
         pool_size=4,
         max_overflow=0,
@@ -75,9 +81,30 @@ def _postgresql_engine(url: URL) -> AsyncEngine:
             "dsn": f"postgresql://?{urlencode(url.query)}" if url.query else None,
             "timeout": CONNECT_TIMEOUT_SECONDS,
             "command_timeout": STATEMENT_TIMEOUT_SECONDS,
-            "server_settings": {"application_name": "letta-ingest", "timezone": "UTC"},
+            "server_settings": {
+                "application_name": "letta-ingest",
+                "timezone": "UTC",
+                "idle_in_transaction_session_timeout": f"{IDLE_TRANSACTION_SECONDS:.0f}s",
+            },
         },
     )
+
+    @sa.event.listens_for(engine.sync_engine, "connect")
+    def require_unicode(connection: Any, _: object) -> None:
+        encoding = connection.driver_connection.get_settings().server_encoding
+        if encoding != "UTF8":
+            raise RefusedError(
+                f"the database's encoding is {encoding}, which cannot hold all that agents say:"
+                " make one with CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0"
+            )
+
+    @sa.event.listens_for(engine.sync_engine, "handle_error")
+    def leave_standby(context: sa.ExceptionContext) -> None:
+        # A server that is a standby now stays one for who is connected: only a new connection finds the new primary.
+        if getattr(context.original_exception, "sqlstate", None) == _READ_ONLY:
+            context.is_disconnect = True
+
+    return engine
 
 
 def _sqlite_engine(url: URL) -> AsyncEngine:
@@ -85,10 +112,15 @@ def _sqlite_engine(url: URL) -> AsyncEngine:
         url, connect_args={"timeout": BUSY_TIMEOUT_SECONDS}, pool_size=4, max_overflow=0, hide_parameters=True
     )
     path = Path(url.database or "")
+    identity: _Identity | None = None
 
     @sa.event.listens_for(engine.sync_engine, "do_connect")
     def prepare(*_: object) -> None:
-        _make_private(path)
+        nonlocal identity
+        if identity is None:
+            _make_private(path)
+            identity = _identity(path)
+        _require_same(path, identity)
 
     @sa.event.listens_for(engine.sync_engine, "connect")
     def configure(connection: Any, _: object) -> None:
@@ -100,6 +132,7 @@ def _sqlite_engine(url: URL) -> AsyncEngine:
 
     @sa.event.listens_for(engine.sync_engine, "begin")
     def begin(connection: sa.Connection) -> None:
+        _require_same(path, identity)
         # IMMEDIATE: a transaction that turned writer half way would fail where waiting was possible.
         mode = "DEFERRED" if connection.get_execution_options().get("reads_only") else "IMMEDIATE"
         connection.exec_driver_sql(f"BEGIN {mode}")
@@ -115,14 +148,37 @@ def _make_private(path: Path) -> None:
         # Not opened to find out: closing it again would drop the locks SQLite holds on it in this process.
         elif path.is_dir() or not os.access(path, os.R_OK | os.W_OK):
             raise RefusedError(f"cannot use the database {path}: not a file this user may read and write")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise RefusedError(f"cannot use the database {path}: SQLite keeps files beside it, and may not write there")
     except OSError as error:
         raise RefusedError(f"cannot create the database {path}: {error.strerror}") from error
+
+
+_Identity = tuple[int, int]
+
+
+def _identity(path: Path) -> _Identity | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _require_same(path: Path, identity: _Identity | None) -> None:
+    """SQLite goes on writing into a file that was deleted, and says nothing: all of it would be lost."""
+    if _identity(path) != identity:
+        raise RefusedError(
+            f"the database {path} was deleted, moved or replaced under the running worker: put it back, or start again"
+            " without it, and what the server still has is read again"
+        )
 
 
 _REFUSING_SQLSTATES = ("28", "3D", "42", "0A", "3F", "XX001", "XX002")
 """Authorization, unknown database, access rule or undefined table, unsupported, unknown schema, corrupt data."""
 _WAITING_SQLSTATES = frozenset({"08", "25", "40", "53", "54", "55", "57", "58", "XX"})
 """Connection, read-only, rolled back, resources, limits, lock or startup, operator, system, internal."""
+_READ_ONLY, _PROGRAM_LIMIT = "25006", "54000"
 _REFUSING_SQLITE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_AUTH, sqlite3.SQLITE_PERM})
 _WAITING_SQLITE = frozenset(
     {
@@ -165,7 +221,14 @@ def is_outage(error: BaseException) -> bool:
     if sqlstate is None:
         is_drivers = type(cause).__module__.startswith("asyncpg")
         return is_drivers or isinstance(cause, OSError | TimeoutError | sa.exc.TimeoutError)
+    if sqlstate == _PROGRAM_LIMIT and getattr(cause, "table_name", None):  # the row's fault: an index cannot hold it
+        return False
     return isinstance(cause, asyncpg.InvalidCachedStatementError) or str(sqlstate)[:2] in _WAITING_SQLSTATES
+
+
+def is_timeout(error: BaseException) -> bool:
+    """The database, or the way to it, took longer than somebody waits for one statement; less at a time may do."""
+    return isinstance(_driver_error(error), TimeoutError | asyncpg.QueryCanceledError)
 
 
 def outage_retries(
@@ -182,15 +245,31 @@ def outage_retries(
     )
 
 
+_RESTORE = "restore it from a backup, or make a new database: what the server still has is read again"
+_REMEDIES = {
+    "28": "check the user and the password in storage.url",
+    "3D": "create it, or name another one in storage.url",
+    "42501": "grant what docs/postgresql.md lists",
+    "42": _RESTORE,
+    "3F": _RESTORE,
+    "XX00": _RESTORE,
+    "SQLITE_": _RESTORE,
+}
+"""What an operator can do about a refusal, by how its state begins; the first that fits."""
+
+
 def describe(error: BaseException) -> str:
-    """The driver's own sentence, without the statement and its values: they hold what agents said."""
+    """The driver's own sentence, without the statement and its values: they hold what agents said. And what helps."""
     cause = _driver_error(error)
     if isinstance(cause, WorkerError):
         return str(cause)
     name, sqlstate = type(cause).__name__, str(getattr(cause, "sqlstate", None) or "")
     if sqlstate.startswith("22"):  # PostgreSQL quotes the value it could not take
         return f"{name} ({sqlstate})"
-    return f"{name}: {cause}".splitlines()[0][:300] if str(cause) else name
+    said = f"{name}: {cause}".splitlines()[0][:300] if str(cause) else name
+    state = sqlstate or str(getattr(cause, "sqlite_errorname", ""))
+    remedies = [remedy for start, remedy in _REMEDIES.items() if state.startswith(start)] if is_refusal(cause) else []
+    return f"{said}; {remedies[0]}" if remedies else said
 
 
 def _driver_error(error: BaseException) -> BaseException:

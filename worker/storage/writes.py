@@ -82,8 +82,11 @@ class Dialect(Protocol):
     def time(self, at: dt.datetime) -> Any:
         """A time as the statements below take it."""
 
+    async def load_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
+        """Bring rows to the server before any lock is taken: who falls silent meanwhile must hold up nobody."""
+
     async def insert_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
-        """Insert if absent; a row has the values of CHUNK_COLUMNS."""
+        """Insert if absent what was loaded; a row has the values of CHUNK_COLUMNS."""
 
     async def move_cursors(self, connection: AsyncConnection, moves: list[tuple[Any, ...]]) -> None:
         """Move forward; a move is (cursor, count, state or None, error or None, time, run_id)."""
@@ -97,13 +100,16 @@ async def write(connection: AsyncConnection, dialect: Dialect, writes: Sequence[
     sweeps = [w for w in writes if isinstance(w, SweepWrite)]
     run_writes = sorted((w for w in writes if isinstance(w, RunWrite)), key=lambda w: w.run_id)
     listed = {run.run_id for sweep in sweeps for run in sweep.runs}
+    rows = [row for w in run_writes if w.accepted for row in _chunk_rows(w, w.accepted, dialect.time(w.at))]
+    if rows:
+        await dialect.load_chunks(connection, rows)
     if run_ids := listed.union(w.run_id for w in run_writes):
         await dialect.lock_runs(connection, sorted(run_ids))
     for sweep in sweeps:
         await _write_sweep(connection, dialect, sweep)
     if not run_writes:
         return
-    if rows := [row for w in run_writes if w.accepted for row in _chunk_rows(w, w.accepted, dialect.time(w.at))]:
+    if rows:
         await dialect.insert_chunks(connection, rows)
     await _write_gaps(connection, dialect, run_writes)
     await _write_rejects(connection, dialect, run_writes)
@@ -311,6 +317,9 @@ class SqliteDialect:
         """As SQLAlchemy writes it: naive ISO text in UTC with microseconds, so that text order is time order."""
         return at.astimezone(dt.UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
 
+    async def load_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
+        """There is no server."""
+
     async def insert_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
         """See Dialect."""
         whole = len(rows) - len(rows) % self.ROWS_A_STATEMENT
@@ -357,11 +366,14 @@ class PostgresDialect:
         """See Dialect."""
         return at
 
-    async def insert_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
+    async def load_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
         """See Dialect."""
         await connection.exec_driver_sql(self._MAKE_LOT)
         driver: Any = (await connection.get_raw_connection()).driver_connection
         await driver.copy_records_to_table("chunk_lot", schema_name="pg_temp", columns=CHUNK_COLUMNS, records=rows)
+
+    async def insert_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:  # noqa: ARG002 - loaded
+        """See Dialect."""
         await connection.exec_driver_sql(self._INSERT)
 
     async def move_cursors(self, connection: AsyncConnection, moves: list[tuple[Any, ...]]) -> None:

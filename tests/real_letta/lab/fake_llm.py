@@ -11,6 +11,7 @@ glance. Directives anywhere in the last user message:
     [fail=50]     break the answer off after 50 words, as [failmode=...] says:
     [failmode=x]  close: drop the connection (default); error: an error object in the stream; status: HTTP 500 at once
     [pause=5@20]  sleep 5 s after word 20
+    [hold=ab@20]  after word 20, which is not the last, wait until somebody POSTs to /go_on/ab; at most a minute
     [text=abc]    this text in place of the words, one character per delta; _ is a space, Python escapes are decoded
 """
 
@@ -20,7 +21,9 @@ import re
 import sys
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +34,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 MODEL = "fake-1"
+LONGEST_HOLD_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,15 @@ class Script:
     fail_mode: str
     pause: float
     pause_after: int
+    hold: str
+    hold_after: int | None
 
     @classmethod
     def of(cls, prompt: str) -> "Script":
         """Read the directives; the last one of a kind counts."""
         given = dict(re.findall(r"\[(\w+)=([^\]]*)\]", prompt))
         pause, _, pause_after = given.get("pause", "0@0").partition("@")
+        hold, _, hold_after = given.get("hold", "").partition("@")
         if "text" in given:
             text = given["text"].replace("_", " ").encode("ascii", "backslashreplace").decode("unicode_escape")
             words = list(text)
@@ -65,13 +72,33 @@ class Script:
             fail_mode=given.get("failmode", "close"),
             pause=float(pause),
             pause_after=int(pause_after),
+            hold=hold,
+            hold_after=int(hold_after) if hold else None,
         )
+
+
+class Holds:
+    """Where answers wait for a word from outside, each under the name its prompt gives."""
+
+    def __init__(self) -> None:
+        self._released: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+
+    def release(self, name: str) -> None:
+        """Let the answers of this name go on, also those that come later."""
+        self._released[name].set()
+
+    async def wait(self, name: str) -> None:
+        """Return when it is released."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LONGEST_HOLD_SECONDS):
+                await self._released[name].wait()
 
 
 class Completion:
     """One answer: the frame all its pieces share, and the pieces."""
 
-    def __init__(self, request: dict[str, Any]) -> None:
+    def __init__(self, request: dict[str, Any], holds: Holds) -> None:
+        self._holds = holds
         messages = request.get("messages", [])
         self.script = Script.of(_last_user_message(messages))
         self.calls_tool = bool(self.script.tool) and messages[-1].get("role") != "tool"
@@ -105,6 +132,8 @@ class Completion:
             yield self._delta({}, "tool_calls")
         else:
             for number, word in enumerate(self.script.words, 1):
+                if number - 1 == self.script.hold_after:
+                    await self._holds.wait(self.script.hold)
                 if number - 1 == self.script.fail_after:
                     if self.script.fail_mode != "error":
                         raise ConnectionAbortedError
@@ -142,7 +171,7 @@ async def _models(_: Request) -> Response:
 
 async def _chat(request: Request) -> Response:
     body = await request.json()
-    answer = Completion(body)
+    answer = Completion(body, request.app.state.holds)
     if answer.script.fail_after is not None and answer.script.fail_mode == "status":
         return JSONResponse({"error": {"message": "fake failure", "type": "server_error"}}, status_code=500)
     if body.get("stream"):
@@ -150,9 +179,19 @@ async def _chat(request: Request) -> Response:
     return JSONResponse(await answer.whole())
 
 
+async def _go_on(request: Request) -> Response:
+    request.app.state.holds.release(request.path_params["name"])
+    return JSONResponse({})
+
+
 app = Starlette(
-    routes=[Route("/v1/models", _models), Route("/v1/chat/completions", _chat, methods=["POST"])],
+    routes=[
+        Route("/v1/models", _models),
+        Route("/v1/chat/completions", _chat, methods=["POST"]),
+        Route("/go_on/{name}", _go_on, methods=["POST"]),
+    ],
 )
+app.state.holds = Holds()
 
 if __name__ == "__main__":
     uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning")
