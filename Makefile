@@ -30,7 +30,7 @@ demo: $(READY) ## See it work: a talkative server, a worker killed again and aga
 	@$(BIN)/letta-ingest demo
 
 test: $(READY) ## Run the tests, on SQLite and on a real PostgreSQL (under 3 minutes)
-	$(PYTEST) -m "not real and not campaign" $(ARGS)
+	$(PYTEST) -n auto --maxprocesses 4 $(ARGS)
 
 check: $(READY) ## Check style, types and the direction of imports
 	$(BIN)/ruff check
@@ -49,7 +49,7 @@ soak: $(READY) ## Let a worker live for MINUTES (2) under a steady load on each 
 	$(PYTEST) -s -m campaign tests/soak $(ARGS)
 
 mutants: $(READY) ## Plant one-line bugs in a copy, one after the other: each is noticed by the test it names (minutes)
-	$(PYTEST) -s tests/mutants $(ARGS)
+	$(PYTEST) -s -m "not real" tests/mutants $(ARGS)
 
 wheel: $(READY) ## Build the wheel, install it into an empty virtualenv, and use it there
 	$(PYTEST) -m campaign tests/system/test_wheel.py

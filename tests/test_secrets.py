@@ -12,6 +12,7 @@ import re
 import ssl
 import struct
 import sys
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -216,6 +217,12 @@ def test_settings_show_nothing() -> None:
     )
     shown = [repr(config), str(config), str(config.model_dump()), config.model_dump_json(), repr(vars(config))]
     assert not any(MARK in text for text in shown)
+
+
+def test_nobody_outside_is_served_by_default() -> None:
+    """The endpoints, which ask nobody who is there, listen on loopback unless told otherwise."""
+    listen = Config.model_validate({"watch": {"all": True}}).service.listen
+    assert ip_address(listen.rpartition(":")[0]).is_loopback
 
 
 @pytest.mark.parametrize("log_format", ["json", "console"])

@@ -17,9 +17,10 @@ import tenacity
 from worker import backfill
 from worker.core.chunks import Ping
 from worker.core.messages import Assembly, Comparison, Message, compare
-from worker.core.records import MessageRecord
+from worker.core.records import STREAM_EXPIRY, MessageRecord
 from worker.core.runlog import Accepted, RunLog
 from worker.errors import (
+    BadRequestError,
     NotFoundError,
     NotStreamableError,
     RunExpiredError,
@@ -34,7 +35,6 @@ from worker.storage.committer import Commit, Committer
 from worker.storage.reads import Reads, StoredRun
 from worker.storage.tables import UNFINISHED_STATES
 from worker.storage.writes import RunWrite
-
 
 LOGGED_LOSSES = 5
 """Of what one read brought; a stream of garbage would fill the log, and the time, with a line for each piece."""
@@ -74,7 +74,7 @@ class Follower:
         self._runlog = RunLog(run.record.run_id, run.cursor, run.chunk_count)
         self._last_commit: Commit | None = None
         self._is_by_run = False
-        self._chunk_at = 0.0
+        self._chunk_at = self._part_at = 0.0
         self._absence = equipment.patience.silence
         self._is_handing_over = False
         self._fruitless_count = 0
@@ -171,6 +171,10 @@ class Follower:
         try:
             async with self._places.place(self._record.created_at):
                 outcome = await self._read_and_watch()
+        except BadRequestError as error:
+            if dt.datetime.now(dt.UTC) - self._record.created_at > STREAM_EXPIRY:
+                raise RunExpiredError(str(error)) from error  # whatever is wrong with it: it will not get better
+            raise
         except TroubleError:
             self._quiet_count = 0  # the silence of a server in trouble says nothing
             if self._runlog.cursor == before:
@@ -224,7 +228,7 @@ class Follower:
                 await self._hand_over("following")
             async for events in received:
                 if not events:
-                    self._chunk_at = time.monotonic()  # a part of something large: over a slow line it takes its time
+                    self._part_at = time.monotonic()
                 for event in events:
                     self._runlog.accept(event)
                     if not isinstance(event, Ping):
@@ -276,8 +280,15 @@ class Follower:
         return True
 
     def _quiet_seconds(self) -> float:
-        """Seconds in which the server could have sent a chunk and did not; waiting for our database is not silence."""
-        return 0.0 if self._is_handing_over else time.monotonic() - self._chunk_at
+        """Seconds in which the server could have sent a chunk and did not; waiting for our database is not silence.
+
+        Nor is a part of something large, over a slow line; but bytes that never make an event are, in the end.
+        """
+        if self._is_handing_over:
+            return 0.0
+        since_chunk = time.monotonic() - self._chunk_at
+        is_in_parts = since_chunk < self._with.patience.slow_chunk
+        return min(since_chunk, time.monotonic() - self._part_at) if is_in_parts else since_chunk
 
     def _grace(self) -> float:
         patience = self._with.patience

@@ -19,6 +19,8 @@ class Patience(msgspec.Struct, frozen=True):
     """A run that sends no chunk for so long is looked up over REST; then ever less often."""
     most_silence: float = 300.0
     """The longest time between two such look-ups."""
+    slow_chunk: float = 1800.0
+    """So long the bytes of one chunk may take to come in; a stream whose bytes make no event for longer is silent."""
     ended: float = 30.0
     """A run the server calls completed or failed has its terminal marker in the stream already (letta-protocol
     trap 9). Two readings that are silent for so long say that the stream is gone; a frozen Redis is silent too."""

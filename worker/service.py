@@ -141,9 +141,11 @@ class Service:
         while True:
             await self._has_old_runs.wait()
             self._has_old_runs.clear()
-            while runs := await self._old_runs(OLD_RUNS_AT_ONCE):
+            under_way: set[asyncio.Task[None]] = set()
+            while (runs := await self._old_runs(OLD_RUNS_AT_ONCE - len(under_way))) or under_way:
                 self._follow(runs, self._old_places)
-                await asyncio.wait([self._followers[run.record.run_id] for run in runs])
+                under_way |= {self._followers[run.record.run_id] for run in runs}
+                _, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
 
     async def _old_runs(self, limit: int) -> list[StoredRun]:
         """Old runs nobody follows yet."""

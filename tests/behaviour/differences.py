@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tests.behaviour.server import Script
 from tests.demo.wire import probe
@@ -20,20 +20,21 @@ if TYPE_CHECKING:
 
     from tests.behaviour.server import LettaUnderTest
 
-    Ask = Callable[[LettaUnderTest, httpx.AsyncClient], Awaitable[Any]]
+    Ask = Callable[[LettaUnderTest, httpx.AsyncClient], Awaitable[object]]
 
 HANGING = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One difference: what is asked, and what each of the two answers."""
+    """One difference, in words and as the two answers to what is asked."""
 
-    name: str
+    real_does: str
+    fake_does: str
     reason: str
     ask: Ask
-    fake: Any
-    real: Any
+    real: object
+    fake: object
 
 
 async def readers_left_behind(letta: LettaUnderTest, client: httpx.AsyncClient) -> bool:
@@ -73,38 +74,43 @@ async def order_of_conversations(letta: LettaUnderTest, client: httpx.AsyncClien
 
 KNOWN_DIFFERENCES = [
     Difference(
-        "A reader whose client left goes on",
-        "Tests count the readers that were left (`abandoned_streams`); that they go on would only cost them time.",
-        readers_left_behind,
-        fake=False,
+        real_does="Goes on reading for a client that has left",
+        fake_does="Stops, and counts it (`abandoned_streams`)",
+        reason="Tests look at the count; readers that go on would only cost them time",
+        ask=readers_left_behind,
         real=True,
+        fake=False,
     ),
     Difference(
-        "Runs are started over HTTP",
-        "Runs of FakeLetta are scripted in Python, word by word; the worker never starts one.",
-        starting_a_run,
-        fake=404,
+        real_does="Starts runs over HTTP",
+        fake_does="404: its runs are scripted in Python, word by word",
+        reason="The worker starts none",
+        ask=starting_a_run,
         real=422,
+        fake=404,
     ),
     Difference(
-        "The messages of a conversation are listed",
-        "The worker asks for the messages of runs only: those of a conversation cannot be had run by run.",
-        messages_of_a_conversation,
-        fake=404,
+        real_does="Lists the messages of a conversation",
+        fake_does="404",
+        reason="The worker asks for the messages of runs",
+        ask=messages_of_a_conversation,
         real=200,
+        fake=404,
     ),
     Difference(
-        "Deleting a run is an error of the server's",
-        "The worker deletes nothing.",
-        deleting_a_run,
-        fake=405,
+        real_does="Fails when a run is to be deleted: 500",
+        fake_does="405",
+        reason="The worker deletes nothing",
+        ask=deleting_a_run,
         real=500,
+        fake=405,
     ),
     Difference(
-        "Conversations are ordered by other things than their creation",
-        "The worker lists conversations only to see whether one exists.",
-        order_of_conversations,
-        fake=200,
+        real_does="Orders conversations by what `order_by` names, and refuses other names",
+        fake_does="Orders them by their creation, whatever is asked",
+        reason="The worker does not ask for an order",
+        ask=order_of_conversations,
         real=422,
+        fake=200,
     ),
 ]

@@ -58,7 +58,7 @@ class RealServer:
 
     async def delete(self, where: Conversation) -> None:
         """Delete a conversation."""
-        async with httpx.AsyncClient(base_url=self.url, trust_env=False) as client:
+        async with self._client() as client:
             (await client.delete(f"/v1/conversations/{where.conversation_id}")).raise_for_status()
 
     async def start(self, script: Script, where: Conversation | None = None) -> Run:
@@ -140,7 +140,7 @@ class RealServer:
     async def fail_to_start(self, where: Conversation) -> Run:
         """Ask for a run that fails before it begins."""
         body = {"messages": [{"role": "user", "content": "hi"}], "streaming": True, "background": True}
-        async with httpx.AsyncClient(base_url=self.url, headers=self._headers, trust_env=False) as client:
+        async with self._client() as client:
             answer = await client.post(f"/v1/conversations/{where.conversation_id}/messages", json=body)
             assert answer.status_code == httpx.codes.SERVICE_UNAVAILABLE
             (run,) = (await client.get("/v1/runs/", params={"conversation_id": where.name, "limit": 1})).json()
@@ -154,19 +154,15 @@ class RealServer:
 
     async def _foreground_run(self, where: Conversation) -> str:
         """The run of a conversation whose start is not answered before the run is over."""
-        listed: list[str] = []
+        async with asyncio.timeout(LONGEST_RUN_SECONDS), self._client() as client:
+            while True:
+                listed = (await client.get("/v1/runs/", params={"conversation_id": where.name, "active": True})).json()
+                if listed:
+                    return str(listed[0]["id"])
+                await asyncio.sleep(0.05)
 
-        def is_listed() -> bool:
-            answer = httpx.get(
-                f"{self.url}/v1/runs/",
-                params={"conversation_id": where.conversation_id or "", "active": True},
-                trust_env=False,
-            )
-            listed[:] = [run["id"] for run in answer.json()]
-            return bool(listed)
-
-        await self._wait(is_listed)
-        return listed[0]
+    def _client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.url, headers=self._headers, timeout=60, trust_env=False)
 
     async def _wait_until_over(self, run: Run) -> None:
         if run.script.background:
@@ -184,7 +180,7 @@ class RealServer:
                 await asyncio.sleep(0.05)
 
     async def _release(self, name: str) -> None:
-        async with httpx.AsyncClient(trust_env=False) as client:
+        async with self._client() as client:
             await client.post(f"http://127.0.0.1:{self._lab.model.port}/go_on/{name}")
 
     def _count_of_reads(self) -> int:

@@ -11,10 +11,11 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
 from tests.faults.proxy import Answer, Cut, Delay, Drip, Proxy, Record, Redirect, Refuse, Rewrite, answer
-from tests.support.rig import SECRET, hurry, working
+from tests.support.rig import QUICK, SECRET, hurry, working
 from worker.demo.fake_letta import FakeLetta
 from worker.errors import RefusedError
 from worker.letta import client as client_module
@@ -73,7 +74,9 @@ def behind(
     proxy: Proxy, letta: FakeLetta, url: str, read_timeout: float = READ_TIMEOUT
 ) -> AbstractAsyncContextManager[Rig]:
     """A worker behind the proxy, whose service brings its own committer task."""
-    return working(letta, url, commits=False, base_url=proxy.url, read_timeout=read_timeout, max_event_bytes=65536)
+    waits = msgspec.structs.replace(QUICK, slow_chunk=0.5)
+    settings = {"base_url": proxy.url, "read_timeout": read_timeout, "max_event_bytes": 65536}
+    return working(letta, url, commits=False, waits=waits, **settings)
 
 
 async def serve_once(rig: Rig) -> None:

@@ -119,6 +119,25 @@ async def test_past_and_present(idle_rig: Rig, letta: FakeLetta) -> None:
     assert letta.most_open_streams <= 3
 
 
+async def test_a_run_of_the_past_that_is_refused(idle_rig: Rig, letta: FakeLetta) -> None:
+    """A run of the past that the server refuses for ever is backfilled in the end, and holds up no other (I5)."""
+    rig = idle_rig
+    past = live_runs(letta, 30, age=timedelta(hours=5))
+    for run in past:
+        run.complete()
+    refused, broken = past[-1], past[-2]
+    faults = [
+        Answer(400, b'{"detail":"no"}', on="stream", run_id=refused.id, times=None),
+        Answer(500, on="stream", run_id=broken.id, times=None),
+    ]
+    letta.faults += faults
+    async with serving(rig, max_streams=3):
+        await all_in_state(rig, "backfilled", len(past) - 1)
+        letta.faults.remove(faults[1])
+        await all_in_state(rig, "backfilled", len(past))
+    assert all(fault.fired for fault in faults)
+
+
 async def test_failing_follower(idle_rig: Rig, letta: FakeLetta, monkeypatch: pytest.MonkeyPatch) -> None:
     """A follower that fails by a bug stops no other, is logged, and is started again from what is stored (I2)."""
     monkeypatch.setattr(service, "FAILED_TASK_DELAY", 0.01)

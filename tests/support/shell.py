@@ -16,7 +16,7 @@ from worker.demo.proof import compare
 from worker.demo.talk import Talk
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from worker.demo.fake_letta import FakeLetta
@@ -59,8 +59,9 @@ class Shell:
         config: str | None = None,
         environ: dict[str, str] | None = None,
         is_configured: bool = True,
+        prepare: Callable[[], None] | None = None,
     ) -> Life:
-        """Start a command; words that name the configuration are added."""
+        """Start a command; words that name the configuration are added. `prepare` is as in Life."""
         path = self.folder / "config.toml"
         settings = {"url": self.letta.url, "key": self.key, "database_url": self.database_url, "listen": self.listen}
         path.write_text(CONFIG.format(**settings) if config is None else config)
@@ -69,7 +70,7 @@ class Shell:
         out, err = self.folder / f"{number}.out", self.folder / f"{number}.err"
         out.touch()
         err.touch()
-        self.lives.append(Life([*words, *more], err, stdout=out, environ=environ))
+        self.lives.append(Life([*words, *more], err, stdout=out, environ=environ, prepare=prepare))
         return self.lives[-1]
 
     async def do(self, *words: str, **how: Any) -> Done:
