@@ -6,12 +6,14 @@ The worker is tests/support/rig.py's. What is stored is read by sqlite3 and asyn
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 from collections import deque
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
 import tenacity
 
 from tests.support.looks import looking
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
     import pytest
 
+    from tests.faults.database_faults import Fault
     from tests.support.rig import Rig
     from worker.demo.fake_letta import FakeLetta
     from worker.demo.fake_run import FakeRun
@@ -119,14 +122,18 @@ async def talk(letta: FakeLetta, is_over: asyncio.Event) -> None:
         run.complete()
 
 
-@contextmanager
-def without_leftovers() -> Iterator[None]:
+@asynccontextmanager
+async def without_leftovers() -> AsyncIterator[None]:
     """Take no notice of futures that asyncpg forgets when the server ends a connection just before a COPY."""
     loop = asyncio.get_running_loop()
-    before = loop.get_exception_handler() or type(loop).default_exception_handler
+    before = loop.get_exception_handler()
 
     def handle(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        if not isinstance(context.get("exception"), asyncpg.ConnectionDoesNotExistError):
+        if isinstance(context.get("exception"), asyncpg.ConnectionDoesNotExistError):
+            return
+        if before is None:
+            loop.default_exception_handler(context)
+        else:
             before(loop, context)
 
     loop.set_exception_handler(handle)
@@ -140,9 +147,8 @@ def without_leftovers() -> Iterator[None]:
 @asynccontextmanager
 async def trial(letta: FakeLetta, worker_url: str, url: str, *, max_streams: int = 8) -> AsyncIterator[Trial]:
     """Let agents talk and a worker store it; after the block everybody ends, and all that was said must be stored."""
-    with without_leftovers():
-        async with working(letta, worker_url, commits=False, max_streams=max_streams) as rig:
-            health = Health(rig.committer, rig.reads, SWEEP_SECONDS)
+    async with without_leftovers(), working(letta, worker_url, commits=False, max_streams=max_streams) as rig:
+        health = Health(rig.committer, rig.reads, SWEEP_SECONDS)
         service = Service(await rig.discovery(), rig.equipment, health, interval=SWEEP_SECONDS, max_streams=max_streams)
         serving, is_over = asyncio.create_task(service.run()), asyncio.Event()
         talking = asyncio.create_task(talk(letta, is_over))
@@ -161,6 +167,18 @@ async def trial(letta: FakeLetta, worker_url: str, url: str, *, max_streams: int
                 await asyncio.wait([serving, talking])
         serving.result()
     await assert_exact(letta, url)
+
+
+async def bear(letta: FakeLetta, fault: Fault) -> None:
+    """Bring a worker's database into trouble and out of it."""
+    async with trial(letta, fault.worker_url, fault.url) as it:
+        await it.until_commits()
+        await fault.begin(it.rig)
+        await it.until_unready()
+        await it.until_reading_stops()
+        assert fault.count() >= 1
+        await fault.end()
+        await it.until_ready()
 
 
 async def until_settled(letta: FakeLetta, url: str) -> None:

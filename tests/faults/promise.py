@@ -273,13 +273,12 @@ class Promise(RuleBasedStateMachine):
             self.revive()
 
     async def _kill_storing(self, talk: Talk, worker: int, moment: Moment, countdown: int) -> None:
-        life = self.lives[worker]
-        assert life is not None
-        life.doom(moment, countdown)
-        for _ in range(10):  # if it has not come to a transaction by then, death comes in a later step
-            if not life.is_dying:
-                await self._say(talk, 1)
-                await asyncio.sleep(0.004)
+        if life := self.lives[worker]:
+            life.doom(moment, countdown)
+            for _ in range(10):  # if it has not come to a transaction by then, death comes in a later step
+                if not life.is_dying:
+                    await self._say(talk, 1)
+                    await asyncio.sleep(0.004)
 
     @rule(worker=worker, again=st.booleans())
     def stop(self, worker: int, *, again: bool) -> None:
@@ -388,8 +387,6 @@ class Promise(RuleBasedStateMachine):
             if life and not life.is_over:
                 await life.kill()
         await self.stack.aclose()
-        if rest := asyncio.all_tasks() - {asyncio.current_task()}:
-            await asyncio.wait(rest, timeout=5)
         # SQLite closes the connections of the dead in threads of their own, which tell this loop when they are done.
         await until(lambda: not any("_connection_worker" in thread.name for thread in threading.enumerate()))
 

@@ -24,7 +24,7 @@ from tests.faults.database_faults import (
     troubled,
 )
 from tests.faults.database_proxy import DatabaseProxy
-from tests.faults.database_trial import assert_exact, hurry_database, trial
+from tests.faults.database_trial import bear, hurry_database, trial
 from tests.support.looks import looking
 from tests.support.rig import hurry, until
 from worker.demo.fake_letta import FakeLetta
@@ -59,18 +59,6 @@ async def letta() -> AsyncIterator[FakeLetta]:
 
 
 # Trouble that lasts until somebody ends it
-
-
-async def bear(letta: FakeLetta, fault: Fault) -> None:
-    """Bring a worker's database into trouble and out of it."""
-    async with trial(letta, fault.worker_url, fault.url) as it:
-        await it.until_commits()
-        await fault.begin(it.rig)
-        await it.until_unready()
-        await it.until_reading_stops()
-        assert fault.count() >= 1
-        await fault.end()
-        await it.until_ready()
 
 
 @pytest.mark.parametrize(

@@ -52,14 +52,6 @@ async def test_cut_after_every_event(rig_on_both: Rig) -> None:
     )
 
 
-async def test_connection_lost_after_every_few_bytes(rig: Rig) -> None:
-    """A connection lost at any byte, in the middle of an event or of a character, loses and doubles nothing (I1)."""
-    run = recorded(rig.letta)
-    length = sum(len(run.on_the_wire(entry).encode()) for entry in run.log[:-1])
-    cuts = [*range(1, length, 67), length - 1, length - 2]
-    await follow_each(rig, [lambda run, n=n: Cut(n, on="stream", run_id=run.id) for n in cuts])
-
-
 async def test_reader_breaks_after_every_event(rig: Rig) -> None:
     """The server's own reader may fail behind any event: the run goes on, and the error is no part of it (I5)."""
     faults = [lambda run, n=n: ReaderError(n, on="stream", run_id=run.id) for n in range(1, 11)]

@@ -14,13 +14,12 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from tests.support.rig import QUICK, SECRET, Lines, hurry, until, working
+from tests.support.rig import QUICK, SECRET, Lines, until, working
 from worker import app, service
 from worker.config import Config
 from worker.demo.fake_faults import Answer, Hang
 from worker.errors import InvariantError, RefusedError
 from worker.follower import Follower
-from worker.patience import Patience
 from worker.storage import committer, engine
 
 if TYPE_CHECKING:
@@ -256,37 +255,6 @@ async def test_signal_drains(letta: FakeLetta, sqlite_url: str, number: signal.S
         await (await rig.service()).run(once=True)
         for run in runs:
             await rig.assert_complete(run)
-
-
-async def test_restart_of_the_server_is_no_stampede(
-    letta: FakeLetta, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """When a server that many runs were read from comes back, they come back one after the other."""
-    hurry(monkeypatch, 1)  # undoes the hurry of the other tests: the spread is what is measured
-    runs = live_runs(letta, 200)
-    letta.keepalive_interval = 5
-    calm = Patience()
-    async with (
-        working(letta, sqlite_url, commits=False, waits=calm, max_streams=250) as rig,
-        serving(rig, max_streams=250),
-    ):
-        await until(lambda: letta.open_streams == 200, 20)
-        await letta.stop_listening()
-        await letta.drop_connections()
-        failed = len(rig.log.of("run.reconnecting"))
-        await until(lambda: len([x for x in rig.log.of("run.reconnecting") if "wait" in x]) >= 200, 20)
-        assert len(rig.log.of("run.reconnecting")) > failed
-        letta.requests.clear()
-        await letta.start_listening()
-        await until(lambda: len({r.run_id for r in letta.requests if r.kind == "stream"}) == 200, 20)
-        first: dict[str | None, float] = {}
-        for request in rig.asked("stream"):
-            first.setdefault(request.run_id, request.opened_at)
-    assert first.keys() == {run.id for run in runs}
-    waits = {line["run_id"]: line["wait"] for line in reversed(rig.log.of("run.reconnecting")) if "wait" in line}
-    assert len(waits) == 200
-    assert max(waits.values()) - min(waits.values()) > 0.5
-    assert max(first.values()) > min(first.values())
 
 
 class Outage:
