@@ -21,7 +21,7 @@ export LETTA_INGEST_MINUTES := $(MINUTES)
 export LETTA_INGEST_SEED := $(SEED)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format torture soak mutants wheel real bench setup constraints clean
+.PHONY: help demo test check format torture faults soak mutants wheel real bench setup constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,9 @@ format: $(READY) ## Format the code and repair what ruff can repair
 
 torture: $(READY) ## Kill the worker KILLS times (200), or for MINUTES, on each database, and count what was stored
 	$(PYTEST) -s -m campaign tests/torture $(ARGS)
+
+faults: $(READY) ## The faults of network, database and upstream at their full size (tens of minutes)
+	$(PYTEST) -s -m campaign tests/faults $(ARGS)
 
 soak: $(READY) ## Let a worker live for MINUTES (2) under a steady load on each database: its size must stay the same
 	$(PYTEST) -s -m campaign tests/soak $(ARGS)
