@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.storage.racer import CHUNKS, RUNS, race
-from tests.storage.store import AT, Store, accepted, ending, known, lot, row
+from tests.storage.store import AT, Store, accepted, ending, known, lot, row, rows
 from worker.core.records import RunRecord
 from worker.core.runlog import Gap, Reject
 from worker.storage import tables
@@ -206,3 +206,45 @@ async def test_a_worker_that_is_behind_changes_nothing(store: Store) -> None:
     for write in script:
         await store.write(write)
     assert await store.snapshot() == before
+
+
+# Two workers that missed, or gave up, different things
+
+
+async def test_count_of_two_workers(store: Store) -> None:
+    """I3, I4: What one worker missed and the other had closes the gap, and the count is of what is stored."""
+    partial = accepted(rows(3, 6), gaps=[Gap(1, 2, "not served")], cursor=6, count=4)
+    await store.write(known("run-1"), RunWrite("run-1", AT, "following", partial))
+    await store.write(lot("run-1", 1, 2))
+    assert (await store.run("run-1")).chunk_count == 6
+    assert await store.gaps("run-1") == [(1, 2, "not served", False)]
+    await store.write(RunWrite("run-1", AT, None, accepted([row(7)], cursor=7, count=5)))
+    assert (await store.run("run-1")).chunk_count == 7
+
+
+async def test_open_end_moves(store: Store) -> None:
+    """I4: What a second worker stores behind the place where the first gave up is not called missing."""
+    gone = accepted(rows(1, 2), gaps=[Gap(3, None, "expired")], finished=True)
+    await store.write(known("run-1"), RunWrite("run-1", AT, "incomplete", gone))
+    await store.write(lot("run-1", 1, 6))
+    assert await store.gaps("run-1") == [(7, None, "expired", True)]
+
+
+async def test_open_end_is_not_dropped(store: Store) -> None:
+    """I2, I5: That the end is unknown is recorded whatever other gap begins at the same number."""
+    partial = accepted([*rows(1, 2), *rows(5, 6)], gaps=[Gap(3, 4, "not served")], cursor=6, count=4)
+    await store.write(known("run-1"), RunWrite("run-1", AT, "following", partial))
+    gone = accepted(rows(1, 2), gaps=[Gap(3, None, "expired")], finished=True)
+    await store.write(RunWrite("run-1", AT, "incomplete", gone))
+    await store.write(RunWrite("run-1", AT, None, accepted(rows(3, 4), cursor=6, count=6, late=True)))
+    assert (await store.run("run-1")).state == "incomplete"
+    assert [gap for gap in await store.gaps("run-1") if gap[3]] == [(7, None, "expired", True)]
+
+
+async def test_complete_has_no_open_end(store: Store) -> None:
+    """I5: A worker that gives up just after another has seen the end leaves no gap in a complete run."""
+    await store.write(known("run-1"), ending("run-1", 1, 6))
+    gone = accepted(rows(1, 2), gaps=[Gap(3, None, "expired")], finished=True)
+    await store.write(RunWrite("run-1", AT, "incomplete", gone))
+    assert (await store.run("run-1")).state == "complete"
+    assert [gap for gap in await store.gaps("run-1") if gap[3]] == []

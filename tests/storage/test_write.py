@@ -126,11 +126,11 @@ async def test_late_rows_close_their_gap(store: Store) -> None:
 
 
 async def test_an_open_ended_gap_is_not_closed_by_rows(store: Store) -> None:
-    """I5: A gap up to the unknown end stays open, and the run stays what it was called."""
+    """I5: A gap up to the unknown end stays open behind what turns up, and the run stays what it was called."""
     gone = accepted([row(1)], gaps=[Gap(2, None, "expired")], finished=True)
     await store.write(known("run-1"), RunWrite("run-1", AT, "incomplete", gone))
     await store.write(RunWrite("run-1", AT, None, accepted(rows(2, 3), late=True)))
-    assert await store.gaps("run-1") == [(2, None, "expired", True)]
+    assert await store.gaps("run-1") == [(4, None, "expired", True)]
     assert (await store.run("run-1")).state == "incomplete"
 
 

@@ -277,7 +277,8 @@ def _driver_error(error: BaseException) -> BaseException:
     cause: BaseException = error
     if isinstance(cause, sa.exc.DBAPIError) and cause.orig is not None:
         cause = cause.orig
-    while cause.__cause__ is not None and not isinstance(cause, sqlite3.Error | WorkerError):
+    # A TimeoutError may have the cancellation as its cause that brought it about: it is an end, and no error.
+    while isinstance(cause.__cause__, Exception) and not isinstance(cause, sqlite3.Error | WorkerError):
         cause = cause.__cause__
     return cause
 

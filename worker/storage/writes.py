@@ -8,6 +8,7 @@ import datetime as dt
 import functools
 import hashlib
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -88,8 +89,11 @@ class Dialect(Protocol):
     async def insert_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
         """Insert if absent what was loaded; a row has the values of CHUNK_COLUMNS."""
 
-    async def move_cursors(self, connection: AsyncConnection, moves: list[tuple[Any, ...]]) -> None:
-        """Move forward; a move is (cursor, count, state or None, error or None, time, run_id)."""
+    async def move_cursors(self, connection: AsyncConnection, moves: list[tuple[Any, ...]]) -> set[str]:
+        """Move forward; a move is (cursor, count, state or None, error or None, time, run_id).
+
+        Returns those of the runs that ever had a gap, recorded by whichever worker.
+        """
 
     def insert(self, table: sa.Table) -> Any:
         """An insert that knows ON CONFLICT."""
@@ -111,11 +115,15 @@ async def write(connection: AsyncConnection, dialect: Dialect, writes: Sequence[
         return
     if rows:
         await dialect.insert_chunks(connection, rows)
+    gapped = await dialect.move_cursors(connection, _moves(run_writes, dialect))
+    if gapped:
+        await _move_open_ends(connection, gapped)
     await _write_gaps(connection, dialect, run_writes)
     await _write_rejects(connection, dialect, run_writes)
-    await dialect.move_cursors(connection, _moves(run_writes, dialect))
     for w in run_writes:
-        if w.accepted is not None and (w.accepted.has_late_rows or w.accepted.gaps or w.accepted.is_finished):
+        if w.accepted is not None and (
+            w.run_id in gapped or w.accepted.has_late_rows or w.accepted.gaps or w.accepted.is_finished
+        ):
             await _reconcile(connection, w)
         if w.record is not None or w.messages or w.is_settled:
             await _write_record(connection, dialect, w)
@@ -152,7 +160,17 @@ def _moves(writes: list[RunWrite], dialect: Dialect) -> list[tuple[Any, ...]]:
     return list(moves.values())
 
 
+async def _move_open_ends(connection: AsyncConnection, run_ids: set[str]) -> None:
+    """A gap to the unknown end begins behind the last stored number: a second worker may go on where one gave up."""
+    gaps, runs = tables.gaps, tables.runs
+    of_run = sa.and_(runs.c.run_id == gaps.c.run_id, runs.c.state != "complete")
+    behind = sa.select(runs.c.last_seq_id + 1).where(of_run).scalar_subquery()
+    open_ends = sa.and_(gaps.c.run_id.in_(sorted(run_ids)), gaps.c.last_seq_id.is_(None), gaps.c.resolved_at.is_(None))
+    await connection.execute(sa.update(gaps).where(open_ends, gaps.c.first_seq_id < behind).values(first_seq_id=behind))
+
+
 async def _write_gaps(connection: AsyncConnection, dialect: Dialect, writes: list[RunWrite]) -> None:
+    gaps, runs = tables.gaps, tables.runs
     found = [
         {
             "run_id": w.run_id,
@@ -165,8 +183,16 @@ async def _write_gaps(connection: AsyncConnection, dialect: Dialect, writes: lis
         if w.accepted
         for gap in w.accepted.gaps
     ]
-    if found:
-        await connection.execute(dialect.insert(tables.gaps).on_conflict_do_nothing(), found)
+    if closed := [gap for gap in found if gap["last_seq_id"] is not None]:
+        await connection.execute(dialect.insert(gaps).on_conflict_do_nothing(), closed)
+    for gap in found:
+        if gap["last_seq_id"] is None:
+            # Behind what is stored by now, and only if nobody has seen the end meanwhile (I5).
+            values = [sa.literal(value, gaps.c[name].type) for name, value in gap.items() if name != "first_seq_id"]
+            names = ["first_seq_id", *(name for name in gap if name != "first_seq_id")]
+            of_run = sa.and_(runs.c.run_id == gap["run_id"], runs.c.state != "complete")
+            behind = sa.select(runs.c.last_seq_id + 1, *values).where(of_run)
+            await connection.execute(dialect.insert(gaps).from_select(names, behind).on_conflict_do_nothing())
 
 
 async def _reconcile(connection: AsyncConnection, w: RunWrite) -> None:
@@ -310,6 +336,8 @@ class SqliteDialect:
         f" state = {_STATE.format(state='?')}, error = COALESCE(?, error), updated_at = ? WHERE run_id = ?"
     )
 
+    _GAPPED = "SELECT DISTINCT run_id FROM gaps WHERE run_id IN (SELECT value FROM json_each(?))"
+
     async def lock_runs(self, connection: AsyncConnection, run_ids: list[str]) -> None:
         """BEGIN IMMEDIATE has locked everything."""
 
@@ -329,10 +357,12 @@ class SqliteDialect:
         if rest := rows[whole:]:
             await connection.exec_driver_sql(_insert_rows(1), rest)
 
-    async def move_cursors(self, connection: AsyncConnection, moves: list[tuple[Any, ...]]) -> None:
+    async def move_cursors(self, connection: AsyncConnection, moves: list[tuple[Any, ...]]) -> set[str]:
         """See Dialect."""
         # The state is named twice in the statement.
         await connection.exec_driver_sql(self._MOVE, [(*move[:3], *move[2:]) for move in moves])
+        run_ids = json.dumps([move[-1] for move in moves])
+        return {run_id for (run_id,) in await connection.exec_driver_sql(self._GAPPED, (run_ids,))}
 
     def insert(self, table: sa.Table) -> sqlite.Insert:
         """See Dialect."""
@@ -353,6 +383,7 @@ class PostgresDialect:
         " error = COALESCE(v.error, runs.error), updated_at = v.at"
         " FROM unnest(:c0, :c1, :c2, :c3, :c4, :c5) AS v(cursor, count, state, error, at, run_id)"
         " WHERE runs.run_id = v.run_id"
+        " RETURNING runs.run_id, EXISTS (SELECT 1 FROM gaps WHERE gaps.run_id = runs.run_id)"
     ).bindparams(*(sa.bindparam(f"c{i}", type_=postgresql.ARRAY(t)) for i, t in enumerate(_MOVE_TYPES)))
     _LOCK = sa.text("SELECT 1 FROM runs WHERE run_id = ANY(:ids) ORDER BY run_id FOR UPDATE").bindparams(
         sa.bindparam("ids", type_=postgresql.ARRAY(sa.Text))
@@ -376,9 +407,10 @@ class PostgresDialect:
         """See Dialect."""
         await connection.exec_driver_sql(self._INSERT)
 
-    async def move_cursors(self, connection: AsyncConnection, moves: list[tuple[Any, ...]]) -> None:
+    async def move_cursors(self, connection: AsyncConnection, moves: list[tuple[Any, ...]]) -> set[str]:
         """See Dialect."""
-        await connection.execute(self._MOVE, _columns(moves))
+        moved = await connection.execute(self._MOVE, _columns(moves))
+        return {run_id for run_id, is_gapped in moved if is_gapped}
 
     def insert(self, table: sa.Table) -> postgresql.Insert:
         """See Dialect."""
