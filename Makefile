@@ -58,7 +58,8 @@ wheel: $(READY) ## Build the wheel, install it into an empty virtualenv, and use
 	$(PYTEST) -m campaign tests/system/test_wheel.py
 
 real: $(READY) ## Follow a real Letta server, installed for it, and kill the worker mid-run (minutes)
-	$(PYTEST) -s -m real tests/behaviour tests/real_letta $(ARGS)
+	@# The behaviour suite comes last: it leaves runs behind that never end, and a worker would follow them all.
+	$(PYTEST) -s -m real tests/real_letta tests/behaviour $(ARGS)
 
 bench: $(READY) ## Measure chunks per second, catch-up time and memory
 	@test -f benchmarks/run.py || { echo "make bench: there are no benchmarks yet (benchmarks/run.py)" >&2; exit 1; }

@@ -6,7 +6,6 @@ mount of the machine, and is gone with the process that holds it, however that e
 
 from __future__ import annotations
 
-import errno
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -28,7 +27,6 @@ class TinyDisk:
         self._owner = owner
         self.path = folder
         """Where every process of the owner finds it; but SQLite, which resolves links by itself, does not."""
-        self.fills = 0
 
     def __enter__(self) -> Self:
         namespace = ["unshare", "--user", "--map-root-user", "--mount"]
@@ -55,18 +53,23 @@ class TinyDisk:
         """What to put in front of a command that is to find it at the folder it was made for."""
         return ["nsenter", "--user", "--mount", "--preserve-credentials", "--target", str(self._holder.pid)]
 
+    def do(self, command: str) -> str:
+        """Do a shell command in it as its owner; return what it complains of."""
+        done = subprocess.run(
+            ["/bin/sh", "-c", f'cd "$1" && {command}', "disk", str(self.path)],
+            check=False,
+            stderr=subprocess.PIPE,
+            text=True,
+            user=self._owner,
+        )
+        return done.stderr
+
     def fill(self) -> None:
         """Leave no byte free."""
-        piece = bytes(1 << 16)
-        with (self.path / "ballast").open("ab", buffering=0) as ballast:
-            try:
-                while ballast.write(piece):
-                    pass
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                self.fills += 1
+        complaint = self.do("LC_ALL=C cat /dev/zero > ballast")
+        assert "No space left on device" in complaint, complaint
 
     def make_room(self) -> None:
         """Remove what filled it."""
-        (self.path / "ballast").unlink()
+        complaint = self.do("rm ballast")
+        assert not complaint, complaint

@@ -86,14 +86,15 @@ class Trial:
     async def until_reading_stops(self) -> None:
         """Let the loud run speak until the server gets rid of nothing more; what waits here is bounded meanwhile."""
         queue, said, sent, before = self.rig.committer, 0, 0, -1
-        while sent != before or queue._waiting_bytes < MOST_WAITING:
-            while said < sent + LOUD_LEAD:
-                self.loud.say("x" * LOUD_BYTES)
-                said += LOUD_BYTES
-            await asyncio.sleep(0.05)
-            before, sent = sent, self.loud_bytes_sent()
-            assert queue._waiting_bytes < MOST_WAITING + 2 * LOUD_BYTES
-            assert sent < MOST_SENT, "the worker reads what it cannot store"
+        async with asyncio.timeout(60):
+            while sent != before or queue._waiting_bytes < MOST_WAITING:
+                while said < sent + LOUD_LEAD:
+                    self.loud.say("x" * LOUD_BYTES)
+                    said += LOUD_BYTES
+                await asyncio.sleep(0.05)
+                before, sent = sent, self.loud_bytes_sent()
+                assert queue._waiting_bytes < MOST_WAITING + 2 * LOUD_BYTES
+                assert sent < MOST_SENT, "the worker reads what it cannot store"
 
     def loud_bytes_sent(self) -> int:
         """What the server got rid of."""

@@ -91,6 +91,7 @@ class Promise(RuleBasedStateMachine):
     def __init__(self, campaign: Campaign) -> None:
         super().__init__()
         self.tally = campaign.tally
+        self.tally["examples"] += 1
         self.url = next(campaign.databases)
         self.talks: dict[str, Talk] = {}
         self.oracle = Oracle(self.talks)

@@ -172,8 +172,8 @@ class Oracle:
     def _check_cursor(self, before: Stored, now: Stored, said: str) -> None:
         assert now.cursor >= before.cursor, f"I3: the cursor went back from {before.cursor}; {said}"
         assert max(now.rows, default=0) <= now.cursor, f"I2: rows behind the cursor; {said}"
-        known = now.rows.keys() | {n for n in range(1, now.cursor + 1) if any(g.holds(n) for g in now.open_gaps)}
-        lead = set(range(1, now.cursor + 1)) - known
+        gaps = [range(gap.first, gap.last + 1) for gap in now.open_gaps if gap.last is not None]
+        lead = set(range(1, now.cursor + 1)).difference(now.rows, *gaps)
         assert not lead, f"I2, I3: the cursor leads: {sorted(lead)} are neither stored nor a gap; {said}"
 
     def _check_state(self, talk: Talk, before: Stored, now: Stored, said: str) -> None:

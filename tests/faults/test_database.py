@@ -84,6 +84,22 @@ async def test_a_silent_way_to_postgresql_is_waited_out(
         await bear(letta, fault)
 
 
+async def test_a_server_that_accepts_and_says_nothing_is_waited_for(
+    postgres_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that does not come about in time is an outage, whatever the driver says was its cause (I3)."""
+    monkeypatch.setattr(engine, "CONNECT_TIMEOUT_SECONDS", 0.2)
+    async with DatabaseProxy(postgres_server.port) as proxy:
+        proxy.fall_silent()
+        connections = engine.create_engine(proxy.through(postgres_server.url("postgres")))
+        with pytest.raises(TimeoutError) as raised:
+            await connections.connect()
+        await connections.dispose()
+        assert proxy.held
+    assert engine.is_outage(raised.value)
+    assert engine.describe(raised.value) == "TimeoutError"
+
+
 @pytest.mark.parametrize("name", SQLITE_TROUBLES)
 async def test_trouble_of_sqlite_is_waited_out(letta: FakeLetta, tmp_path: Path, name: str) -> None:
     """The same on SQLite (I1, I3, I8)."""

@@ -102,8 +102,10 @@ def test_the_promise_holds(campaign: Campaign, request: pytest.FixtureRequest) -
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(functools.partial(Promise, campaign), settings=profile)
-    print(f"\n{request.node.name}\n{campaign}")
+    try:
+        run_state_machine_as_test(functools.partial(Promise, campaign), settings=profile)
+    finally:
+        print(f"\n{request.node.name}\n{campaign}")
     assert campaign.tally["both workers at one run"]
     assert sum(campaign.tally[f"killed {moment}"] for moment in MOMENTS)
 

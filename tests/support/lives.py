@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import multiprocessing.connection
 import os
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -81,8 +83,17 @@ def _live(
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
     os.environ.update(environ)
     sys.argv = ["letta-ingest", *arguments]
+    threading.Thread(target=_end_with_the_test, daemon=True).start()
     if prepare is not None:
         prepare()
     from worker.cli import main  # noqa: PLC0415 - imported long ago, in the process this one was forked from
 
     main()
+
+
+def _end_with_the_test() -> None:
+    """A test that is killed cannot kill its workers, and they would go on for ever."""
+    test = multiprocessing.parent_process()
+    if test is not None:
+        multiprocessing.connection.wait([test.sentinel])
+        os._exit(1)

@@ -79,7 +79,7 @@ async def test_signal_loses_nothing(shell: Shell, database_url: str, number: sig
         if number != signal.SIGKILL:
             assert shell.logged(life)[-1]["event"] == "worker.stopped"
         async with looking(database_url) as look:
-            stored = await look.counted()
+            stored = await look.runs()
         assert any(not run.is_settled and run.rows for run in stored.values()), "it was not in the middle of anything"
         assert all(run.cursor == run.rows for run in stored.values())
     done = await shell.do("run", "--once")
@@ -117,7 +117,7 @@ async def test_two_workers_on_one_database(shell: Shell, database_url: str) -> N
     await until(lambda: set.union(*(finished(shell, life) for life in both)) == shell.letta.runs.keys(), 15)
     assert all(finished(shell, life) for life in both)
     async with looking(database_url) as look:
-        stored = await look.counted()
+        stored = await look.runs()
     assert [await shell.stop(life) for life in both] == [0, 0]
     tally = await shell.tally()
     assert tally.is_exact, tally
