@@ -46,7 +46,7 @@ THROW_OUT = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usenam
 
 @dataclass
 class Postgres:
-    """A fresh database. The worker's role owns it, or has what it is granted; it is no superuser, whom nothing stops."""
+    """A fresh database. The worker's role owns it, or has what it is granted; it is no superuser."""
 
     server: PostgresServer
     admin: asyncpg.Connection

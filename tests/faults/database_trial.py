@@ -185,7 +185,7 @@ async def bear(letta: FakeLetta, fault: Fault) -> None:
 async def until_settled(letta: FakeLetta, url: str) -> None:
     """Wait until there is nothing more to do for any run."""
     async with asyncio.timeout(30), looking(url) as look:
-        while len(await look.settled()) < len(letta.runs):
+        while len(await look.settled()) < len(letta.runs):  # noqa: ASYNC110 - it happens in another process
             await asyncio.sleep(0.03)
 
 

@@ -6,9 +6,7 @@ What does not pass is in test_database_refusals.py, what takes a server of its o
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +31,7 @@ from worker.storage import engine
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.faults.database_faults import Fault, Postgres
+    from tests.faults.database_faults import Postgres
     from tests.faults.database_proxy import Cut
     from tests.faults.database_trial import Trial
     from tests.support.postgres import PostgresServer
@@ -219,9 +217,9 @@ async def test_slow_commits_of_sqlite(letta: FakeLetta, sqlite_url: str) -> None
 
 ROW_SECONDS, PATIENCE_SECONDS = 0.003, 0.3
 MANY_RUNS, MANY_CHUNKS = 20, 12
+LINGER = f"BEGIN PERFORM pg_sleep({ROW_SECONDS}); RETURN NULL; END"
 SLOW_ROWS = (
-    f"CREATE FUNCTION linger() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep({ROW_SECONDS});"
-    " RETURN NULL; END $$",
+    f"CREATE FUNCTION linger() RETURNS trigger LANGUAGE plpgsql AS $$ {LINGER} $$",
     "CREATE TRIGGER slow AFTER INSERT ON chunks FOR EACH ROW EXECUTE FUNCTION linger()",
     f"ALTER ROLE {{role}} SET statement_timeout = '{PATIENCE_SECONDS}s'",
 )
@@ -243,7 +241,7 @@ async def test_a_lot_that_takes_too_long_is_made_smaller(letta: FakeLetta, postg
             await database.do("COMMIT")
             await it.until_ready()
             async with looking(database.url) as look:
-                while len(await look.chunks({run.id for run in runs})) < MANY_RUNS * MANY_CHUNKS:
+                while len(await look.chunks({run.id for run in runs})) < MANY_RUNS * MANY_CHUNKS:  # noqa: ASYNC110
                     await asyncio.sleep(0.1)
             await database.do("DROP FUNCTION linger CASCADE")
             for run in runs:

@@ -234,7 +234,7 @@ async def test_sqlite_that_refuses(tmp_path: Path, name: str) -> None:
             break_it(path)
 
         async def begin_anew() -> None:
-            for file in tmp_path.glob("letta-ingest.db*"):
+            for file in tmp_path.glob("letta-ingest.db*"):  # noqa: ASYNC240 - nothing else runs
                 file.unlink()
 
         await break_and_mend(shell, broken, said, begin_anew)
@@ -268,7 +268,7 @@ async def test_a_file_that_cannot_be_used_from_the_start(spoil: Callable[[Path],
     # Root may do everything; but who may do what is asked of the kernel for the real user, whom we can change.
     user = pwd.getpwnam("nobody").pw_uid if os.geteuid() == 0 else os.getuid()
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o777)
+        Path(folder).chmod(0o777)  # noqa: ASYNC240 - nothing else runs
         path = Path(folder) / "data" / "letta-ingest.db"
         path.parent.mkdir()
         path.touch()

@@ -9,13 +9,11 @@ import asyncio
 import contextlib
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from contextlib import AbstractAsyncContextManager
 
-    from tests.faults.database_faults import Postgres
     from tests.support.postgres import PostgresServer
     from tests.support.rig import Rig
 
@@ -172,9 +169,7 @@ async def full_tablespace(server: PostgresServer) -> AsyncIterator[Fault]:
             async def end() -> None:
                 disk.make_room()
 
-            yield Fault(
-                database.worker_url, database.url, begin, end, lambda: database.said("No space left on device")
-            )
+            yield Fault(database.worker_url, database.url, begin, end, lambda: database.said("No space left on device"))
             await database.do("ALTER TABLE chunks SET TABLESPACE pg_default", "DROP TABLESPACE tiny")
 
 
@@ -217,10 +212,12 @@ async def test_a_backend_that_is_killed(letta: FakeLetta, own_server: PostgresSe
 
 
 async def test_no_room_for_the_log_of_the_server(letta: FakeLetta) -> None:
-    """A full disk makes PostgreSQL panic; with room again, and started again, it has all that it said was stored (I3)."""
+    """A full disk makes PostgreSQL panic; with room and started again, it has all that it said was stored (I3)."""
     with running_postgres() as server, disk_of(server, "wal", 80) as disk:
         server.stop()
-        disk.do(f"cp -a {server._data}/pg_wal . && rm -r {server._data}/pg_wal && ln -s $1/pg_wal {server._data}/pg_wal")
+        disk.do(
+            f"cp -a {server._data}/pg_wal . && rm -r {server._data}/pg_wal && ln -s $1/pg_wal {server._data}/pg_wal"
+        )
         server.start()
         async with postgres_database(server) as database, trial(letta, database.worker_url, database.url) as it:
             await it.until_commits()
@@ -238,7 +235,7 @@ async def test_no_room_for_the_log_of_the_server(letta: FakeLetta) -> None:
 
 
 async def test_no_room_for_a_sqlite_file(letta: FakeLetta, tmp_path: Path) -> None:
-    """A worker whose disk is really full says so, and goes on by itself when there is room; nothing is lost (I1, I3)."""
+    """A worker whose disk is really full says so, and goes on by itself when there is room (I1, I3)."""
     folder, copy = tmp_path / "disk", tmp_path / "copy"
     folder.mkdir()
     with socket.socket() as probe:
@@ -302,7 +299,7 @@ async def until_metric(client: httpx.AsyncClient, name: str, least: float) -> No
 async def until_readyz(client: httpx.AsyncClient, status: int) -> None:
     """Wait until the worker says that it is ready, or that its database is not."""
     async with asyncio.timeout(40):
-        while (answer := await client.get("/readyz")).status_code != status:
+        while (answer := await client.get("/readyz")).status_code != status:  # noqa: ASYNC110 - it happens in another process
             await asyncio.sleep(0.1)
     assert ("database" in answer.text) == (status == 503)
 
@@ -311,7 +308,7 @@ PASSWORD_RULE = "host all {role} 127.0.0.1/32 scram-sha-256\n"
 
 
 async def test_a_password_that_is_changed(own_server: PostgresServer, tmp_path: Path) -> None:
-    """A worker whose password is not right any more ends with exit code 3 and says so, without the password (I7, I10)."""
+    """A worker whose password is not right any more ends with exit code 3 and says so without it (I7, I10)."""
     rules = own_server._data / "pg_hba.conf"
     before = rules.read_text()
     async with granted(own_server, tmp_path) as (database, shell):
