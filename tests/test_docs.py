@@ -1,4 +1,4 @@
-"""docs/quirks.md tells the truth about the tests: every quirk has its proof, and what it names is there."""
+"""The documentation tells the truth about the tests: every quirk has its proof, and what a page names is there."""
 
 from __future__ import annotations
 
@@ -47,6 +47,18 @@ def test_the_proof_is_there() -> None:
         assert NODE.search(fake) or fake.startswith("nothing to prove: "), quirk
         assert NODE.search(real) or real.startswith("cannot be "), quirk
         assert all(file.startswith(("behaviour/", "real_letta/")) for file, _ in NODE.findall(real)), quirk
+
+
+def test_the_tests_of_reliability_are_there() -> None:
+    """Every test that docs/reliability.md names exists; `::name` is in the file that was named last."""
+    file, count = "", 0
+    text = (TESTS.parent / "docs" / "reliability.md").read_text()
+    for named, name in re.findall(r"`(?:tests/([\w/]+\.py))?(?:::(\w+)(?:\[\w+\])?)?`", text):
+        file = named or file
+        if name:
+            count += 1
+            assert name in functions_in(file), f"{file}::{name}"
+    assert count > 50
 
 
 def test_known_differences_are_shown() -> None:

@@ -105,7 +105,8 @@ BREAKAGES = {
     ),
     "the role dropped": Breakage(
         ("DROP OWNED BY {role}", "DROP ROLE {role}", END),
-        'role ".*" does not exist; check the user and the password',
+        # Which of the two it meets first is chance.
+        'role ".*" does not exist; check the user and the password|permission denied for',
         ("CREATE ROLE {role} LOGIN", "GRANTS"),
     ),
     "a table dropped": Breakage(

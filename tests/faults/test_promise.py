@@ -106,8 +106,9 @@ def test_the_promise_holds(campaign: Campaign, request: pytest.FixtureRequest) -
         run_state_machine_as_test(functools.partial(Promise, campaign), settings=profile)
     finally:
         print(f"\n{request.node.name}\n{campaign}")
-    assert campaign.tally["both workers at one run"]
-    assert sum(campaign.tally[f"killed {moment}"] for moment in MOMENTS)
+    if profile.max_examples >= 10:
+        assert campaign.tally["both workers at one run"]
+        assert sum(campaign.tally[f"killed {moment}"] for moment in MOMENTS)
 
 
 def test_all_that_can_happen_happens(campaign: Campaign) -> None:
@@ -144,7 +145,10 @@ def tour(machine: Promise) -> None:
         then(machine.revive)
 
     for moment in MOMENTS:
-        then(machine.kill_storing, which=-1, worker=0, moment=moment, countdown=0, again=True)
+        for _ in range(5):  # the other worker may have stored it all before this one came to a transaction
+            then(machine.kill_storing, which=-1, worker=0, moment=moment, countdown=0, again=True)
+            if machine.tally[f"killed {moment}"]:
+                break
     then(machine.kill, worker=1, seconds=0.0, again=True)
     then(machine.repeat, which=-1, length=3)
     for trouble in TROUBLES:
