@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 20
 """On a busy machine a moment is easily missed."""
-TAKEOVER_SECONDS = 12.0
 LATE_SECONDS = 0.5
 """So long after a worker's last words PostgreSQL may still store what it was sent; it is not the other worker's."""
 TABLES = 6
@@ -157,16 +156,9 @@ async def at_boundary(campaign: Campaign, boundary: Boundary, side: Side, skip: 
 
 
 async def stopped(campaign: Campaign) -> bool:
-    """Stop it for some seconds at any moment outside its transactions; a second one takes over."""
-    first = campaign.start("run")
-    await campaign.until_first_stored(first)
-    await asyncio.sleep(campaign.chance.uniform(0, 0.2))
-    first.send(signal.SIGSTOP)
-    await first.stopped()
-    await asyncio.sleep(LATE_SECONDS)
-    second = campaign.start("run")
-    if not await campaign.stores(second, TAKEOVER_SECONDS):
-        return False  # it was stopped within a transaction: that is the other fault
+    """Stop it for some seconds between two transactions; a second one takes over."""
+    first, second = await stopped_at(campaign, Boundary.AFTER)
+    await campaign.until_stored(second)
     await asyncio.sleep(campaign.chance.uniform(0.5, 3.0))
     await campaign.until_stored(second)
     await go_on(campaign, first, second, "stopped, a second one took over")
@@ -198,6 +190,7 @@ async def stopped_at(campaign: Campaign, boundary: Boundary) -> tuple[Worker, Wo
     first = campaign.start("run", strike=strike)
     await first.stopped()
     assert first.testimony.exists()
+    await asyncio.sleep(LATE_SECONDS)
     return first, campaign.start("run")
 
 
