@@ -87,18 +87,10 @@ def in_short(event: str) -> str:
 
 
 async def probe(
-    client: httpx.AsyncClient,
-    method: str,
-    path: str,
-    body: str | None = None,
-    patience: float = 2.5,
-    lines: list[str] | None = None,
+    client: httpx.AsyncClient, method: str, path: str, body: str | None = None, patience: float = 2.5
 ) -> list[str]:
-    """Send a request and describe the answer: status, then one line per event, then how it ended.
-
-    What came until now can be seen in `lines` meanwhile.
-    """
-    lines = [] if lines is None else lines
+    """Send a request and describe the answer: status, then one line per event, then how it ended."""
+    lines: list[str] = []
     try:
         asked = client.stream(method, path, content=body, headers={"content-type": "application/json"})
         async with asyncio.timeout(patience), asked as answer:
@@ -113,9 +105,9 @@ async def probe(
     return [*lines, "end: EOF"]
 
 
-async def until(condition: Callable[[], object], seconds: float = 5) -> None:
+async def until(condition: Callable[[], object]) -> None:
     """Wait for what the other side does in its own time, but not for ever."""
-    async with asyncio.timeout(seconds):
+    async with asyncio.timeout(5):
         while not condition():  # noqa: ASYNC110 - the fake has no event for everything a test may wait for
             await asyncio.sleep(0.001)
 

@@ -126,14 +126,25 @@ def test_all_that_can_happen_happens(campaign: Campaign) -> None:
     assert EVENTS - campaign.tally.keys() == set()
 
 
+def do(machine: Promise, rule: Callable[..., None], **how: Any) -> None:
+    """Let one thing happen, and all workers come to the end of what the server has said."""
+    rule(**how)
+    machine.holds()
+    machine.catch_up()
+    machine.holds()
+
+
+def kill_storing(machine: Promise, moment: str) -> None:
+    """Kill in the middle of a transaction; the other worker may have stored it all before this one comes to it."""
+    for _ in range(5):
+        do(machine, machine.kill_storing, which=-1, worker=0, moment=moment, countdown=0, again=True)
+        if machine.tally[f"killed {moment}"]:
+            break
+
+
 def tour(machine: Promise) -> None:
     """Each rule at least once, where it has something to do."""
-
-    def then(rule: Callable[..., None], **how: Any) -> None:
-        rule(**how)
-        machine.holds()
-        machine.catch_up()
-        machine.holds()
+    then = functools.partial(do, machine)
 
     def unseen(*rules: Callable[..., None]) -> None:
         """Let chunks be written, and something happen to them, before any worker has read them."""
@@ -145,10 +156,7 @@ def tour(machine: Promise) -> None:
         then(machine.revive)
 
     for moment in MOMENTS:
-        for _ in range(5):  # the other worker may have stored it all before this one came to a transaction
-            then(machine.kill_storing, which=-1, worker=0, moment=moment, countdown=0, again=True)
-            if machine.tally[f"killed {moment}"]:
-                break
+        kill_storing(machine, moment)
     then(machine.kill, worker=1, seconds=0.0, again=True)
     then(machine.repeat, which=-1, length=3)
     for trouble in TROUBLES:
