@@ -30,7 +30,7 @@ def lab_parts(request: pytest.FixtureRequest) -> tuple[Lab, Driver] | None:
 async def letta(lab_parts: tuple[Lab, Driver] | None) -> AsyncIterator[LettaUnderTest]:
     """The server under test."""
     if lab_parts is None:
-        async with FakeLetta(keepalive_interval=0.03, cancel_check_interval=0.01, seed=1) as fake:
+        async with FakeLetta(keepalive_interval=0.03, cancel_check_interval=0.004, seed=1) as fake:
             yield FakeServer(fake)
         return
     from tests.behaviour.real_server import RealServer  # noqa: PLC0415 - needs what only `make real` has

@@ -79,9 +79,9 @@ async def test_cancelled_and_read_again(letta: LettaUnderTest, client: httpx.Asy
     await cancel(client, run)
     await letta.go_on(run)
 
-    slow = await probe(client, "POST", run.stream, '{"batch_size":1}', 60)
+    slow = await probe(client, "POST", run.stream, '{"batch_size":2}', 60)
     rest = await readings_to_the_end(client, run, numbers(slow)[-1])
-    too_late = await probe(client, "POST", run.stream, '{"batch_size":1,"starting_after":2001}', 60)
+    too_late = await probe(client, "POST", run.stream, '{"batch_size":2,"starting_after":2001}', 60)
 
     assert {tuple(lines[-2:]) for lines in [slow, *rest[:-1]]} == {(CANCELLED, "end: EOF")}
     assert rest[-1][-3:] == [CANCELLED, "[DONE]", "end: EOF"]
