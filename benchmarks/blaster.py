@@ -1,12 +1,15 @@
 """A server that gives finished runs as fast as a socket takes them: pre-rendered bytes, one HTTP chunk an event.
 
-Used by benchmarks/run.py, as a process of its own: `python blaster.py RUNS CHUNKS CREATED_AT`; prints its port. It
-knows just enough of Letta's API to be ingested from, so that what is measured is the ingester.
+Used by `make bench`, as a process of its own: `python -m benchmarks.blaster RUNS CHUNKS`; prints its port. It knows
+just enough of Letta's API to be ingested from, so that what is measured is the ingester; and it tells, at /bench, how
+many requests it had and when (time.time()) the first of them was for a stream.
 """
 
 import asyncio
+import datetime as dt
 import json
 import sys
+import time
 from uuid import UUID
 
 
@@ -68,6 +71,8 @@ class Blaster:
             for number in range(runs, 0, -1)
         ]
         self._messages = [message(chunks)]
+        self._requests = 0
+        self._began = 0.0
         self._streams = {run_id(number): stream(run_id(number), chunks) for number in range(1, runs + 1)}
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -86,7 +91,13 @@ class Blaster:
 
     def _answer(self, method: str, target: str, body: bytes) -> bytes:
         path, _, query = target.partition("?")
+        if path == "/bench":
+            told = {"requests": self._requests, "began": self._began}
+            self._requests, self._began = 0, 0.0
+            return _json(told)
+        self._requests += 1
         if method == "POST":
+            self._began = self._began or time.time()
             wanted = json.loads(body).get("run_id") or path.split("/")[3]
             head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
             return head + self._streams[wanted]
@@ -110,7 +121,8 @@ def _json(value: object) -> bytes:
 
 async def main() -> None:
     """Serve until killed."""
-    blaster = Blaster(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    created_at = dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    blaster = Blaster(int(sys.argv[1]), int(sys.argv[2]), created_at)
     server = await asyncio.start_server(blaster.serve, "127.0.0.1", 0)
     print(server.sockets[0].getsockname()[1], flush=True)
     async with server:

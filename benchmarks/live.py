@@ -1,8 +1,10 @@
-"""A server of live runs that come and go for ever: `python live.py RUNS RATE CHUNKS`; prints its port.
+"""A server of live runs that come and go for ever: `python -m benchmarks.live RUNS RATE CHUNKS [RAMP]`; prints its port.
 
 RUNS runs are alive at any time; each says RATE chunks a second, in bursts twice a second as the real server does, and
-ends after CHUNKS. All of it is computed from a run's number and the clock, so that the load costs no memory and what
-must be stored of each run is known to whoever knows the arguments (tests/soak, and `make bench`).
+ends after CHUNKS; then the next one starts. Without RAMP the first ones are at different points of their lives already;
+with it they start one after the other within so many seconds. All of it is computed from a run's number and the clock,
+so that the load costs no memory and what must be stored of each run is known to whoever knows the arguments
+(tests/soak, and `make bench`).
 """
 
 import asyncio
@@ -11,11 +13,8 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.blaster import TAIL, event, message, run_id
 
@@ -26,20 +25,23 @@ HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\nTr
 class Live:
     """Which runs there are, and what each has said so far. Times are of the wall clock, in seconds."""
 
-    def __init__(self, runs: int, rate: float, chunks: int, begun: float) -> None:
+    def __init__(self, runs: int, rate: float, chunks: int, begun: float, ramp: float | None = None) -> None:
         self._runs = runs
         self._rate = rate
         self._chunks = chunks
-        self._begun = begun
         self._seconds = chunks / rate
+        self._begun = begun if ramp is not None else begun - self._seconds
+        self._ramp = self._seconds if ramp is None else ramp
 
     def started(self, number: int) -> float:
-        """When run `number` (from 0) starts. The first RUNS start at once, at different points of their lives."""
-        return self._begun + (number / self._runs - 1) * self._seconds
+        """When run `number` (from 0) starts. Of every RUNS runs each starts when the one RUNS before it ends."""
+        generation, place = divmod(number, self._runs)
+        return self._begun + generation * self._seconds + place / self._runs * self._ramp
 
     def newest(self, now: float) -> int:
         """The number of the newest run."""
-        return int(((now - self._begun) / self._seconds + 1) * self._runs)
+        generation, since = divmod(now - self._begun, self._seconds)
+        return int(generation) * self._runs + min(int(since / self._ramp * self._runs), self._runs - 1)
 
     def said(self, number: int, now: float) -> int:
         """How many chunks the run has said; the last burst may be half a second ago."""
@@ -128,7 +130,8 @@ def number_of(run: str) -> int:
 
 async def main() -> None:
     """Serve until killed."""
-    live = Live(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), time.time())
+    runs, rate, chunks, *ramp = sys.argv[1:]
+    live = Live(int(runs), float(rate), int(chunks), time.time(), float(ramp[0]) if ramp else None)
     server = await asyncio.start_server(live.serve, "127.0.0.1", 0, backlog=10_000)
     print(server.sockets[0].getsockname()[1], flush=True)
     async with server:

@@ -44,8 +44,8 @@ pytestmark = pytest.mark.campaign
 @pytest.fixture
 def load() -> Iterator[str]:
     """The URL of the load, which is a process of its own."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "live.py"), str(RUNS), str(RATE), str(CHUNKS)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "benchmarks.live", str(RUNS), str(RATE), str(CHUNKS)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
             yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
