@@ -1,10 +1,10 @@
-"""A server of live runs that come and go for ever: `python -m benchmarks.live RUNS RATE CHUNKS [RAMP]`; prints its port.
+"""A server of live runs that come and go for ever; prints its port.
 
-RUNS runs are alive at any time; each says RATE chunks a second, in bursts twice a second as the real server does, and
-ends after CHUNKS; then the next one starts. Without RAMP the first ones are at different points of their lives already;
-with it they start one after the other within so many seconds. All of it is computed from a run's number and the clock,
-so that the load costs no memory and what must be stored of each run is known to whoever knows the arguments
-(tests/soak, and `make bench`).
+`python -m benchmarks.live RUNS RATE CHUNKS [RAMP]`: RUNS runs are alive at any time; each says RATE chunks a second, in
+bursts twice a second as the real server does, and ends after CHUNKS; then the next one starts. Without RAMP the first
+ones are at different points of their lives already; with it they start one after the other within so many seconds. All
+of it is computed from a run's number and the clock, so that the load costs no memory and what must be stored of each
+run is known to whoever knows the arguments (tests/soak, and `make bench`).
 """
 
 import asyncio

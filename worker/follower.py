@@ -72,6 +72,8 @@ class Follower:
         self._places = places
         self._log = equipment.log.bind(run_id=run.record.run_id)
         self._runlog = RunLog(run.record.run_id, run.cursor, run.chunk_count)
+        # What this process hears from a run's first chunk to its last need not be read back to be compared.
+        self._heard = Assembly(keeps_texts=False) if run.cursor == run.chunk_count == 0 else None
         self._last_commit: Commit | None = None
         self._is_by_run = False
         self._chunk_at = self._part_at = 0.0
@@ -108,8 +110,7 @@ class Follower:
         if self._record.background is False:
             await self._await_end()
             return "not made in background mode"
-        gaps = await self._with.reads.open_gaps(self._record.run_id)
-        self._runlog = RunLog(self._record.run_id, self._run.cursor, self._run.chunk_count, gaps)
+        await self._remember_gaps()
         while True:
             outcome = Outcome.UNPROVEN
             try:
@@ -130,6 +131,11 @@ class Follower:
             if outcome is Outcome.QUIET:
                 return "not served"
             await self._prepare_next(outcome)
+
+    async def _remember_gaps(self) -> None:
+        if self._run.chunk_count != self._run.cursor:
+            gaps = await self._with.reads.open_gaps(self._record.run_id)
+            self._runlog = RunLog(self._record.run_id, self._run.cursor, self._run.chunk_count, gaps)
 
     async def _prepare_next(self, outcome: Outcome) -> None:
         self._reconnect_count += 1
@@ -303,23 +309,29 @@ class Follower:
     # What is stored
 
     async def _hand_over(self, state: str | None = None) -> None:
-        """Give what is storable to the committer; waits while too much waits there, and for a run's last commit."""
+        """Give what is storable to the committer; waits while too much waits there."""
         accepted = self._runlog.take()
         if accepted is None and state is None:
             return
         if accepted is not None:
             self._log_losses(accepted)
+            self._hear(accepted)
             if accepted.is_finished:
                 state = "complete" if accepted.is_complete else "incomplete"
         write = RunWrite(self._record.run_id, dt.datetime.now(dt.UTC), state or "following", accepted)
         self._is_handing_over = True
         try:
             self._last_commit = await self._with.committer.submit(write, after=self._last_commit)
-            if self._runlog.is_finished:
-                await self._last_commit
         finally:
             self._is_handing_over = False
             self._chunk_at = time.monotonic()
+
+    def _hear(self, accepted: Accepted) -> None:
+        if accepted.has_late_rows:
+            self._heard = None  # it takes the chunks of a message in their order only
+        if self._heard is not None:
+            for row in accepted.rows:
+                self._heard.add(row.seq_id, row.chunk.payload)
 
     def _log_losses(self, accepted: Accepted) -> None:
         for gap in accepted.gaps[:LOGGED_LOSSES]:
@@ -342,8 +354,8 @@ class Follower:
         await self._committed()
         if missing is not None:
             await self._close(missing, state_without_log="backfilled" if found.messages else "unavailable")
-        stored = await self._with.reads.run(self._record.run_id) or self._run
-        streamed, comparison = await self._reconcile(stored.state, found.messages)
+        state = await self._state()
+        streamed, comparison = await self._reconcile(state, found.messages)
         await self._with.committer.commit(
             RunWrite(
                 run_id=self._record.run_id,
@@ -356,7 +368,14 @@ class Follower:
                 is_settled=True,
             )
         )
-        self._with.metrics.runs_finished.labels(state=stored.state).inc()
+        self._with.metrics.runs_finished.labels(state=state).inc()
+        return state
+
+    async def _state(self) -> str:
+        """The run's state in the store: another worker may have seen more of it, but nobody more than everything."""
+        if self._runlog.is_complete:
+            return "complete"
+        stored = await self._with.reads.run(self._record.run_id) or self._run
         return stored.state
 
     async def _close(self, missing: str, state_without_log: str) -> None:
@@ -378,14 +397,17 @@ class Follower:
     async def _reconcile(
         self, state: str, listed: Sequence[MessageRecord]
     ) -> tuple[Sequence[Message], Comparison | None]:
-        """What the stored chunks say, where the server lists no messages; and, of a complete run, how they compare."""
+        """What the chunks say, where the server lists no messages; and, of a complete run, how they compare."""
         if listed and state != "complete":
             return (), None
-        assembly = Assembly()
-        async for page in self._with.reads.payloads(self._record.run_id):
-            for seq_id, payload in page:
-                assembly.add(seq_id, payload)
-        streamed = assembly.messages()
+        if listed and self._heard is not None and self._runlog.is_complete:
+            streamed = self._heard.messages()
+        else:
+            assembly = Assembly(keeps_texts=not listed)
+            async for page in self._with.reads.payloads(self._record.run_id):
+                for seq_id, payload in page:
+                    assembly.add(seq_id, payload)
+            streamed = assembly.messages()
         comparison = compare(streamed, listed) if state == "complete" else None
         if comparison is not None and comparison.verdict == "differs":
             self._log.warning("run.differs", differences=comparison.differences)

@@ -169,8 +169,9 @@ class Service:
         """Follow a run whatever happens to its follower; start again from what the store holds."""
         async for attempt in self._again(f"follow:{run.record.run_id}"):
             with attempt:
-                stored = await self._with.reads.run(run.record.run_id)
-                await Follower(stored or run, self._with, places).follow()
+                if attempt.retry_state.attempt_number > 1:
+                    run = await self._with.reads.run(run.record.run_id) or run
+                await Follower(run, self._with, places).follow()
 
     def _start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         """Start a task of the service itself: when it ends with an error, the service stops."""

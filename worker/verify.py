@@ -91,7 +91,7 @@ def _compare(dossier: Dossier) -> Comparison | None:
     """What the stored chunks say against the stored messages; None while there is nothing to compare yet."""
     if dossier.run.state != "complete" or not dossier.is_settled:
         return None
-    assembly = Assembly()
+    assembly = Assembly(keeps_texts=False)
     for chunk in dossier.chunks:
         assembly.add(chunk.seq_id, chunk.payload)
     return compare(assembly.messages(), dossier.messages)

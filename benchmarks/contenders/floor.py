@@ -94,7 +94,7 @@ async def on_sqlite(url: str, path: str, runs: int) -> None:
     database = sqlite3.connect(path)
     database.execute("PRAGMA journal_mode=WAL")
     database.execute("PRAGMA synchronous=FULL")
-    database.execute(TABLE.format(time="TEXT") + " WITHOUT ROWID")
+    database.execute(TABLE.format(time="TEXT"))
     insert = f"INSERT INTO chunks VALUES ({', '.join('?' * len(COLUMNS))})"
 
     async def load(rows: list[Row]) -> None:

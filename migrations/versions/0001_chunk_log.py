@@ -65,7 +65,6 @@ def upgrade() -> None:
         sa.Column("seq_source", sa.Text, nullable=False),
         sa.PrimaryKeyConstraint("run_id", "seq_id", name="pk_chunks"),
         sa.CheckConstraint("seq_source IN ('wire', 'derived')", name=op.f("ck_chunks_seq_source")),
-        sqlite_with_rowid=False,
     )
     op.create_index("ix_chunks_message_type_received_at", "chunks", ["message_type", "received_at"])
     op.create_index("ix_chunks_received_at", "chunks", ["received_at"], postgresql_using="brin")

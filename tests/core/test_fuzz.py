@@ -18,7 +18,17 @@ from hypothesis import strategies as st
 
 from tests.core.server_model import RUN
 from tests.support.mutations import mutated
-from worker.core.chunks import Chunk, Done, Event, Ping, ServerError, Unparsable, parse
+from worker.core.chunks import (
+    Chunk,
+    Done,
+    Event,
+    Ping,
+    ServerError,
+    Unparsable,
+    _parse_plain,
+    _parse_with_care,
+    parse,
+)
 from worker.core.runlog import MAX_UNNUMBERED, Gap, Reject, Row, RunLog, _without_repeats
 from worker.core.sse import SseDecoder
 
@@ -34,6 +44,17 @@ CAPTURES = [
 ]
 RESPONSES = st.lists(mutated(CAPTURES), min_size=1, max_size=3)
 CUTS = st.lists(st.integers(0, 5000), max_size=12)
+
+
+@settings(max_examples=EXAMPLES)
+@given(RESPONSES)
+@example([b'data: {"seq_id":1.0}\n\n', b'data: {"id":"a\\u0000"}\n\n', b'data: {"id":"\\ud800"}\n\n'])
+@example([b'data: {"id":"%s"}\n\n' % (b"x" * 256), b'data: {"seq_id":true}\n\n', b'data: {"seq_id":1,"a":NaN}\n\n'])
+def test_the_short_way_is_only_shorter(responses: list[bytes]) -> None:
+    """What is read in one go is what careful reading makes of it (I6, I9)."""
+    for response in responses:
+        for event in SseDecoder(PLENTY, KEPT).feed(response):
+            assert _parse_plain(event) in {None, _parse_with_care(event)}
 
 
 def pieces(received: bytes, cuts: Sequence[int]) -> list[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,24 @@ async def test_a_stored_message_that_differs_is_told(rig_on_both: Rig, letta: Fa
     assert await verdict(rig_on_both, run) == ("differs", detail, "differs")
     assert rig_on_both.log.of("run.differs") == [{"run_id": run.id, "differences": [detail]}]
     assert (await rig_on_both.row(run))["state"] == "complete"
+
+
+@pytest.mark.parametrize("last_word", ["your refund.", "nothing."])
+async def test_a_worker_that_heard_only_the_end_compares_all(
+    rig_on_both: Rig, letta: FakeLetta, last_word: str
+) -> None:
+    """After a restart in the middle of a run the verdict is on all that is stored, not on what came since (I5)."""
+    run = letta.new_run(letta.new_conversation())
+    run.say("You get ")
+    first = asyncio.create_task(rig_on_both.follow(run))
+    await rig_on_both.until_stored(run, 2)
+    first.cancel()
+    await asyncio.wait([first])
+    run.say("your refund.")
+    run.complete()
+    run._parts[-1].deltas[-1] = last_word
+    await rig_on_both.follow(run)
+    assert (await verdict(rig_on_both, run))[0] == ("agrees" if last_word == "your refund." else "differs")
 
 
 async def test_where_the_server_keeps_nothing_the_stream_stands_in(rig_on_both: Rig, letta: FakeLetta) -> None:

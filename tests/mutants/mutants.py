@@ -97,8 +97,8 @@ TEN = (
         name="if-seq-id",
         bug="`if seq_id:` takes 0 for no number, so the chunk is neither refused nor stored.",
         file="worker/core/chunks.py",
-        was="if seq_id is not None and not",
-        becomes="if seq_id and not",
+        was="return value is None or (",
+        becomes="return not value or (",
         killed_by="tests/core/test_chunks.py::test_an_absurd_number_is_refused_and_kept[0]",
     ),
     Mutant(

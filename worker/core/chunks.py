@@ -5,7 +5,7 @@ Used by follower.py; the values go on to RunLog and to storage.
 """
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -62,8 +62,22 @@ class Unparsable(msgspec.Struct, frozen=True, gc=False):
 Event = Chunk | Ping | Done | ServerError | Unparsable
 
 
+_Column = Annotated[str, msgspec.Meta(max_length=MAX_COLUMN_CHARS)] | None
+
+
+class _PlainHead(msgspec.Struct, gc=False):
+    """The fields of a payload as every healthy chunk has them: decoded and checked in one go."""
+
+    message_type: _Column = None
+    seq_id: Any = None
+    id: _Column = None
+    otid: _Column = None
+    step_id: _Column = None
+    run_id: _Column = None
+
+
 class _Head(msgspec.Struct, gc=False):
-    """The fields of a payload that order and route it; the rest is skipped, not decoded."""
+    """The same fields, whatever stands there; the rest is skipped, not decoded."""
 
     message_type: Any = None
     seq_id: Any = None
@@ -73,11 +87,33 @@ class _Head(msgspec.Struct, gc=False):
     run_id: Any = None
 
 
+_decode_plain_head = msgspec.json.Decoder(_PlainHead).decode
 _decode_head = msgspec.json.Decoder(_Head).decode
 
 
 def parse(event: SseEvent) -> Event:
     """Classify one event. Never raises: what cannot be read comes back as Unparsable with its bytes."""
+    return _parse_plain(event) or _parse_with_care(event)
+
+
+def _parse_plain(event: SseEvent) -> Chunk | Ping | None:
+    """The same for what is healthy, which is nearly everything: a tenth of the work. None for all else."""
+    if event.event or event.is_oversized:
+        return None
+    try:
+        payload = event.data.decode()
+        head = _decode_plain_head(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    if "\\" in payload and "\\u0000" in payload:  # looking for one character is many times faster
+        return None
+    if not _is_seq_id(head.seq_id):
+        return None
+    chunk = Chunk(payload, head.seq_id, head.message_type, head.id, head.otid, head.step_id, head.run_id)
+    return Ping(chunk) if head.message_type == "ping" else chunk
+
+
+def _parse_with_care(event: SseEvent) -> Event:
     if event.is_oversized:
         return Unparsable(event.data, "larger than the limit for one event; only its beginning is kept")
     if event.data == b"[DONE]":
@@ -100,7 +136,7 @@ def _classify(payload: str, head: _Head, *, is_error: bool) -> Chunk | Ping | Un
     message_type = _column(head.message_type)
     is_ping = message_type == "ping"
     seq_id = head.seq_id
-    if seq_id is not None and not (type(seq_id) is int and 1 <= seq_id <= MAX_SEQ_ID):
+    if not _is_seq_id(seq_id):
         if not is_ping:
             return Unparsable(payload.encode(), f"seq_id is not a whole number from 1 to {MAX_SEQ_ID}")
         seq_id = None
@@ -121,6 +157,10 @@ def _classify(payload: str, head: _Head, *, is_error: bool) -> Chunk | Ping | Un
         is_error and message_type == "error_message",
     )
     return Ping(chunk) if is_ping else chunk
+
+
+def _is_seq_id(value: object) -> bool:
+    return value is None or (type(value) is int and 1 <= value <= MAX_SEQ_ID)
 
 
 def _read_head(payload: str) -> _Head | None:

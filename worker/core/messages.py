@@ -4,6 +4,7 @@ All chunks of one message share its id and otid; text and tool arguments come as
 follower.py when a run is over and by verify.py; letta/answers.py reads the text of listed messages by the same rule.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -30,15 +31,20 @@ MAX_DIFFERENCES = 10
 
 
 class Message(msgspec.Struct, frozen=True):
-    """One message as its chunks say it: text, or the name and the arguments of a tool call."""
+    """One message as its chunks say it: text, or the name and the arguments of a tool call.
+
+    Where the assembly keeps no texts, `text` and `tool_arguments` are empty, and only their digests tell what was said.
+    """
 
     message_id: str
     message_type: str
     otid: str | None = None
     first_seq_id: int = 0
     text: str = ""
+    text_digest: str = ""
     tool_name: str = ""
     tool_arguments: str = ""
+    tool_arguments_digest: str = ""
 
     @property
     def as_said(self) -> str:
@@ -54,9 +60,13 @@ class Comparison(msgspec.Struct, frozen=True):
 
 
 class Assembly:
-    """Puts the messages of one run together; add its payloads in the order of their numbers."""
+    """Puts the messages of one run together; add its payloads in the order of their numbers.
 
-    def __init__(self) -> None:
+    With `keeps_texts` they can be read; without, a message costs the same however long it is, and can be compared.
+    """
+
+    def __init__(self, *, keeps_texts: bool) -> None:
+        self._keeps_texts = keeps_texts
         self._messages: dict[tuple[str, str], _Parts] = {}
 
     def add(self, seq_id: int, payload: str) -> None:
@@ -67,7 +77,7 @@ class Assembly:
         key = body.id, _string(body.otid) or body.message_type
         parts = self._messages.get(key)
         if parts is None:
-            parts = self._messages[key] = _Parts(seq_id, body)
+            parts = self._messages[key] = _Parts(seq_id, body, keeps_texts=self._keeps_texts)
         parts.add(body)
 
     def messages(self) -> list[Message]:
@@ -110,6 +120,12 @@ def storable(text: str) -> str:
 
 
 _TEXTS = ("content", "reasoning", "tool_return")
+_COMPARED = {
+    "message type": "message_type",
+    "text": "text_digest",
+    "tool name": "tool_name",
+    "tool arguments": "tool_arguments_digest",
+}
 
 
 class _Body(msgspec.Struct, gc=False):
@@ -130,33 +146,54 @@ _decode_body = msgspec.json.Decoder(_Body).decode
 class _Parts:
     """A message while its chunks come in."""
 
-    def __init__(self, seq_id: int, first: _Body) -> None:
+    def __init__(self, seq_id: int, first: _Body, *, keeps_texts: bool) -> None:
         self._message = Message(first.id, first.message_type, _string(first.otid) or None, seq_id)
-        self._texts: list[str] = []
+        self._text = _Said(keeps_texts=keeps_texts)
+        self._arguments = _Said(keeps_texts=keeps_texts)
         self._names: list[str] = []
-        self._arguments: list[str] = []
 
     def add(self, body: _Body) -> None:
         if isinstance(body.tool_call, dict):
             self._names.append(_string(body.tool_call.get("name")))
-            self._arguments.append(_string(body.tool_call.get("arguments")))
+            self._arguments.add(_string(body.tool_call.get("arguments")))
         elif type(body.content) is str:
-            self._texts.append(body.content)
+            self._text.add(body.content)
         else:
-            self._texts.append(text_of({name: getattr(body, name) for name in _TEXTS}) or "")
+            self._text.add(text_of({name: getattr(body, name) for name in _TEXTS}) or "")
 
     def joined(self) -> Message:
         return msgspec.structs.replace(
             self._message,
-            text="".join(self._texts),
+            text="".join(self._text.parts),
+            text_digest=self._text.digest(),
             tool_name="".join(self._names),
-            tool_arguments="".join(self._arguments),
+            tool_arguments="".join(self._arguments.parts),
+            tool_arguments_digest=self._arguments.digest(),
         )
+
+
+class _Said:
+    """A text that comes in parts."""
+
+    def __init__(self, *, keeps_texts: bool) -> None:
+        self.parts: list[str] = []
+        self._keeps_texts = keeps_texts
+        self._hash = hashlib.sha256()
+
+    def add(self, part: str) -> None:
+        if self._keeps_texts:
+            self.parts.append(part)
+        # The server drops U+0000 when it stores (letta-protocol f). In UTF-16 it does not matter whether a character
+        # comes whole or in two halves.
+        self._hash.update(part.replace("\x00", "").encode("utf-16-le", "surrogatepass"))
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
 
 
 def _message_of(record: MessageRecord) -> Message | None:
     """A listed message as one that was streamed; None for what is never streamed."""
-    assembly = Assembly()
+    assembly = Assembly(keeps_texts=False)
     assembly.add(0, record.payload)
     return next(iter(assembly.messages()), None)
 
@@ -167,9 +204,8 @@ def _key_of(message: Message) -> tuple[str, str]:
 
 def _differences(streamed: Message, stored: Message) -> list[str]:
     return [
-        f"{streamed.message_type} {streamed.message_id}: its {name.replace('_', ' ')} differs from the stored one"
-        for name in ("message_type", "text", "tool_name", "tool_arguments")
-        # The server drops U+0000 when it stores (letta-protocol f).
+        f"{streamed.message_type} {streamed.message_id}: its {what} differs from the stored one"
+        for what, name in _COMPARED.items()
         if getattr(streamed, name).replace("\x00", "") != getattr(stored, name).replace("\x00", "")
     ]
 

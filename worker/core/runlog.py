@@ -75,7 +75,7 @@ class RunLog:
         self.duplicate_count = 0
         self._run_id = run_id
         self._stored_count = stored_count
-        self._is_complete = False
+        self.is_complete = False
         self._open_gaps = {(g.first_seq_id, g.last_seq_id or g.first_seq_id): set[int]() for g in gaps}
         self._is_end_seen = False
         self._held: dict[int, _Place] = {}
@@ -146,7 +146,7 @@ class RunLog:
             self._stored_count,
             self._has_late_rows,
             self.is_finished,
-            self._is_complete,
+            self.is_complete,
         )
         self._start_lot()
         return accepted
@@ -322,7 +322,7 @@ class RunLog:
         if not self._is_end_seen or self._held:
             return
         self.is_finished = True
-        self._is_complete = all(len(filled) == last - first + 1 for (first, last), filled in self._open_gaps.items())
+        self.is_complete = all(len(filled) == last - first + 1 for (first, last), filled in self._open_gaps.items())
 
 
 def _size(event: Chunk | Unparsable) -> int:

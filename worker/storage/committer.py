@@ -21,9 +21,9 @@ from worker.observe import Log, Metrics
 from worker.storage.engine import describe, is_outage, is_refusal, is_sqlite, is_timeout, outage_retries
 from worker.storage.writes import PostgresDialect, RunWrite, SqliteDialect, Write, write
 
-MAX_WAITING_BYTES = 64 * 1024 * 1024
+MAX_WAITING_BYTES = 32 * 1024 * 1024
 """So much may wait for its commit in the whole process; then reading stops, and TCP slows the server down (I8)."""
-MAX_TRANSACTION_BYTES = 16 * 1024 * 1024
+MAX_TRANSACTION_BYTES = 8 * 1024 * 1024
 
 
 class Commit:

@@ -101,7 +101,6 @@ chunks = Table(
     Index(None, "message_type", "received_at"),
     # PostgreSQL: rows arrive in time order, which is what a BRIN index is for; it costs next to nothing.
     Index(None, "received_at", postgresql_using="brin"),
-    sqlite_with_rowid=False,
 )
 
 gaps = Table(

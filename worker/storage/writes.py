@@ -120,10 +120,9 @@ async def write(connection: AsyncConnection, dialect: Dialect, writes: Sequence[
         await _move_open_ends(connection, gapped)
     await _write_gaps(connection, dialect, run_writes)
     await _write_rejects(connection, dialect, run_writes)
+    gapped.update(w.run_id for w in run_writes if w.accepted and (w.accepted.gaps or w.accepted.has_late_rows))
     for w in run_writes:
-        if w.accepted is not None and (
-            w.run_id in gapped or w.accepted.has_late_rows or w.accepted.gaps or w.accepted.is_finished
-        ):
+        if w.accepted is not None and w.run_id in gapped:
             await _reconcile(connection, w)
         if w.record is not None or w.messages or w.is_settled:
             await _write_record(connection, dialect, w)
@@ -239,14 +238,20 @@ async def _write_rejects(connection: AsyncConnection, dialect: Dialect, writes: 
 async def _write_record(connection: AsyncConnection, dialect: Dialect, w: RunWrite) -> None:
     """What the server's record says of the run, its messages in the order REST lists them, and the verdict."""
     run = sa.update(tables.runs).where(tables.runs.c.run_id == w.run_id)
+    found: dict[str, Any] = {}
     if w.record is not None:
         read = {name: getattr(w.record, name) for name in ("status", "stop_reason", "completed_at")}
-        await connection.execute(run.where(sa.literal(w.record.is_ended) | _is_open()).values(read))
+        if w.record.is_ended:
+            found |= read
+        else:
+            await connection.execute(run.where(_is_open()).values(read))
     if w.comparison is not None:
-        detail = storable("\n".join(w.comparison.differences)) or None  # ids of any kind stand in it
-        await connection.execute(run.values(verdict=w.comparison.verdict, verdict_detail=detail))
+        found["verdict"] = w.comparison.verdict
+        found["verdict_detail"] = storable("\n".join(w.comparison.differences)) or None  # ids of any kind stand in it
     if w.is_settled:
-        await connection.execute(run.values(settled_at=w.at))
+        found["settled_at"] = w.at
+    if found:
+        await connection.execute(run.values(found))
     listed = [
         {
             "run_id": w.run_id,
