@@ -61,9 +61,8 @@ real: $(READY) ## Follow a real Letta server, installed for it, and kill the wor
 	@# The behaviour suite comes last: it leaves runs behind that never end, and a worker would follow them all.
 	$(PYTEST) -s -m real tests/real_letta tests/behaviour $(ARGS)
 
-bench: $(READY) ## Measure chunks per second, catch-up time and memory
-	@test -f benchmarks/run.py || { echo "make bench: there are no benchmarks yet (benchmarks/run.py)" >&2; exit 1; }
-	$(BIN)/python benchmarks/run.py $(ARGS)
+bench: $(READY) ## Measure the worker against a floor and what others would do, all in one run (tens of minutes)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 setup: $(READY) ## Build .venv, if pyproject.toml or constraints.txt changed
 

@@ -1,8 +1,8 @@
 """A server that gives finished runs as fast as a socket takes them: pre-rendered bytes, one HTTP chunk an event.
 
-Used by `make bench`, as a process of its own: `python -m benchmarks.blaster RUNS CHUNKS`; prints its port. It knows
-just enough of Letta's API to be ingested from, so that what is measured is the ingester; and it tells, at /bench, how
-many requests it had and when (time.time()) the first of them was for a stream.
+A process of its own: `python -m benchmarks.blaster RUNS CHUNKS [FIRST]` prints its port. It knows just enough of
+Letta's API to be ingested from, so that what is measured is the ingester; and it tells, at /bench, how many requests it had and
+when (time.time()) the first of them was for a stream. Used by `make bench`.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ def stream(run: str, chunks: int) -> bytes:
 class Blaster:
     """Answers every request of an ingester from memory."""
 
-    def __init__(self, runs: int, chunks: int, created_at: str) -> None:
+    def __init__(self, runs: int, chunks: int, first: int, created_at: str) -> None:
         self._runs = [
             {
                 "id": run_id(number),
@@ -68,12 +68,12 @@ class Blaster:
                 "background": True,
                 "stop_reason": "end_turn",
             }
-            for number in range(runs, 0, -1)
+            for number in range(first + runs - 1, first - 1, -1)
         ]
         self._messages = [message(chunks)]
         self._requests = 0
         self._began = 0.0
-        self._streams = {run_id(number): stream(run_id(number), chunks) for number in range(1, runs + 1)}
+        self._streams = {run_id(number): stream(run_id(number), chunks) for number in range(first, first + runs)}
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection."""
@@ -122,7 +122,8 @@ def _json(value: object) -> bytes:
 async def main() -> None:
     """Serve until killed."""
     created_at = dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-    blaster = Blaster(int(sys.argv[1]), int(sys.argv[2]), created_at)
+    runs, chunks, *first = map(int, sys.argv[1:])
+    blaster = Blaster(runs, chunks, first[0] if first else 1, created_at)
     server = await asyncio.start_server(blaster.serve, "127.0.0.1", 0)
     print(server.sockets[0].getsockname()[1], flush=True)
     async with server:

@@ -256,7 +256,7 @@ class Follower:
         patience = self._with.patience
         opened = self._chunk_at = time.monotonic()
         look_up_after = self._grace() if self._record.is_ended else patience.silence
-        tick = min(1.0, patience.silence / 4, patience.ended / 4, patience.turn / 4)
+        tick = min(patience.silence, patience.ended, patience.turn) / 4
         while True:
             done, _ = await asyncio.wait({reader}, timeout=tick)
             if done:

@@ -335,7 +335,7 @@ _STATE = (
 class SqliteDialect:
     """SQLite: many rows a statement, because after each statement its thread has to wait for Python's lock."""
 
-    ROWS_A_STATEMENT = 200
+    ROWS_A_STATEMENT = 500
     _MOVE = (
         "UPDATE runs SET last_seq_id = max(last_seq_id, ?), chunk_count = max(chunk_count, ?),"
         f" state = {_STATE.format(state='?')}, error = COALESCE(?, error), updated_at = ? WHERE run_id = ?"
@@ -355,12 +355,9 @@ class SqliteDialect:
 
     async def insert_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
         """See Dialect."""
-        whole = len(rows) - len(rows) % self.ROWS_A_STATEMENT
-        for start in range(0, whole, self.ROWS_A_STATEMENT):
-            values = tuple(itertools.chain.from_iterable(rows[start : start + self.ROWS_A_STATEMENT]))
-            await connection.exec_driver_sql(_insert_rows(self.ROWS_A_STATEMENT), values)
-        if rest := rows[whole:]:
-            await connection.exec_driver_sql(_insert_rows(1), rest)
+        for start in range(0, len(rows), self.ROWS_A_STATEMENT):
+            some = rows[start : start + self.ROWS_A_STATEMENT]
+            await connection.exec_driver_sql(_insert_rows(len(some)), tuple(itertools.chain.from_iterable(some)))
 
     async def move_cursors(self, connection: AsyncConnection, moves: list[tuple[Any, ...]]) -> set[str]:
         """See Dialect."""
