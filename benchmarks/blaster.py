@@ -1,8 +1,8 @@
 """A server that gives finished runs as fast as a socket takes them: pre-rendered bytes, one HTTP chunk an event.
 
 A process of its own: `python -m benchmarks.blaster RUNS CHUNKS [FIRST]` prints its port. It knows just enough of
-Letta's API to be ingested from, so that what is measured is the ingester; and it tells, at /bench, how many requests it had and
-when (time.time()) the first of them was for a stream. Used by `make bench`.
+Letta's API to be ingested from, so that what is measured is the ingester; and it tells, at /bench, how many requests it
+had and when (time.time()) the first of them was for a stream. Used by `make bench`.
 """
 
 import asyncio
