@@ -8,6 +8,7 @@
     backfill.py     what the stream does not hold, over REST
     checks.py  status.py  verify.py    what the commands of these names look at
     places.py       the few open streams the server can bear, shared fairly
+    census.py       how many runs are in each state, counted seldom
     monitor.py      /healthz /readyz /metrics: what the outside may know
     patience.py     every wait, with its reason
     systemd.py      telling systemd how the service is

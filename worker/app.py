@@ -11,6 +11,7 @@ import httpx
 from httpx_aiohttp import HttpxAiohttpClient
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from worker.census import Census
 from worker.config import Config
 from worker.discovery import Discovery, Watch, watch_of
 from worker.errors import ConfigError, RefusedError
@@ -31,7 +32,7 @@ GOODBYE_SECONDS = 5.0
 async def run(config: Config, log: Log, *, once: bool, patience: Patience | None = None) -> None:
     """Run the service until a signal, or once. Raises RefusedError, ConfigError or InvariantError."""
     metrics = Metrics()
-    async with open_database(config) as engine, open_letta(config) as letta:
+    async with open_database(config) as engine, open_letta(config, metrics) as letta:
         await _wait_for_schema(engine, log)
         committer = Committer(engine, log, metrics)
         reads = Reads(engine, is_patient=True)
@@ -46,7 +47,8 @@ async def run(config: Config, log: Log, *, once: bool, patience: Patience | None
             interval=config.discovery.interval,
             max_streams=config.letta.max_streams,
         )
-        async with Monitor(config.service.listen, health, metrics):
+        census = Census(Reads(engine, is_patient=False), metrics)
+        async with Monitor(config.service.listen, health, metrics, census):
             _stop_on_signals(service)
             log.info(
                 "worker.started",
@@ -81,7 +83,7 @@ async def open_current_database(config: Config) -> AsyncIterator[AsyncEngine]:
 
 
 @contextlib.asynccontextmanager
-async def open_letta(config: Config) -> AsyncIterator[LettaClient]:
+async def open_letta(config: Config, metrics: Metrics | None = None) -> AsyncIterator[LettaClient]:
     """The client of the Letta server; its connections are closed at the end."""
     settings = config.letta
     key = settings.read_api_key()
@@ -109,7 +111,7 @@ async def open_letta(config: Config) -> AsyncIterator[LettaClient]:
         max_event_bytes=settings.max_event_bytes,
     )
     async with http:
-        yield LettaClient(http, options)
+        yield LettaClient(http, options, metrics or Metrics())
 
 
 def watch(config: Config) -> Watch:

@@ -6,6 +6,7 @@ Used by app.py. A follower that fails is started again and never stops the other
 import asyncio
 import datetime as dt
 import functools
+import math
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from typing import Any
 
@@ -49,6 +50,7 @@ class Service:
         self._failure: WorkerError | None = None
         self._has_old_runs = asyncio.Event()
         self._has_old_runs.set()
+        equipment.metrics.expires_at.set_function(self._expires_at)
 
     def stop(self) -> None:
         """Ask for a drain; returns at once. May be called from a signal handler, and twice."""
@@ -126,7 +128,6 @@ class Service:
             self._log.info("discovery.recovered")
         self._health.discovery_succeeded()
         self._with.metrics.discovery_at.set_to_current_time()
-        self._report_unfinished()
         return count
 
     def _take_up(self, found: list[StoredRun]) -> None:
@@ -218,13 +219,11 @@ class Service:
         self._health.discovery_failed(str(error))
         self._log.warning("discovery.failed", error=str(error), attempt=state.attempt_number, wait=wait)
 
-    def _report_unfinished(self) -> None:
-        """Also how long the most endangered run has, of those that are young enough to have a stream."""
-        now = dt.datetime.now(dt.UTC)
-        lives = [STREAM_EXPIRY - (now - created_at) for created_at in self._created_at.values()]
-        endangered = min((life for life in lives if life > dt.timedelta()), default=STREAM_EXPIRY)
-        self._with.metrics.runs_unfinished.set(len(self._followers))
-        self._with.metrics.seconds_to_expiry.set(endangered.total_seconds())
+    def _expires_at(self) -> float:
+        """When the server drops the oldest of the streams it still has, in seconds since 1970; infinite without one."""
+        streams_since = dt.datetime.now(dt.UTC) - STREAM_EXPIRY
+        oldest = min((at for at in self._created_at.values() if at > streams_since), default=None)
+        return math.inf if oldest is None else oldest.timestamp() + STREAM_EXPIRY.total_seconds()
 
     async def _feed_watchdog(self) -> None:
         interval = systemd.watchdog_interval()

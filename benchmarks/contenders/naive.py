@@ -41,9 +41,7 @@ async def main() -> None:
             last = 0
             async for chunk in await client.runs.messages.stream(run):
                 last = getattr(chunk, "seq_id", None) or last + 1
-                row = Chunk(
-                    run_id=run, seq_id=last, message_type=chunk.message_type, payload=chunk.model_dump_json()
-                )
+                row = Chunk(run_id=run, seq_id=last, message_type=chunk.message_type, payload=chunk.model_dump_json())
                 session.add(row)
                 await session.commit()
     await engine.dispose()

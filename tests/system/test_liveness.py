@@ -19,8 +19,9 @@ from tests.support.lives import until
 from tests.support.postgres import running_postgres
 from tests.support.rig import SECRET as KEY
 from tests.support.rig import working
-from tests.support.shell import SECRET, Shell
+from tests.support.shell import SECRET, Shell, free_address
 from worker import monitor
+from worker.census import Census
 from worker.demo.fake_letta import FakeLetta
 from worker.monitor import Health, Monitor
 from worker.storage.writes import SweepWrite
@@ -81,13 +82,6 @@ def systemd(tmp_path: Path) -> Iterator[Systemd]:
     made = Systemd(tmp_path / "notify")
     yield made
     made.close()
-
-
-def free_address() -> str:
-    """An address nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 async def asked(address: str, path: str) -> tuple[int, dict[str, Any]]:
@@ -186,7 +180,7 @@ async def test_what_is_stuck_is_named(letta: FakeLetta, sqlite_url: str, monkeyp
     async with working(letta, sqlite_url) as rig:
         health = Health(rig.committer, rig.reads, 0.1)
         address = free_address()
-        async with Monitor(address, health, rig.metrics):
+        async with Monitor(address, health, rig.metrics, Census(rig.reads, rig.metrics)):
             health.discovery_succeeded()
             assert await asked(address, "/healthz") == (200, {"status": "ok"})
             with contextlib.closing(sqlite3.connect(sqlite_url.removeprefix("sqlite:///"))) as other:

@@ -35,6 +35,7 @@ from worker.letta.answers import (
     without_key,
 )
 from worker.letta.paging import Paging
+from worker.observe import Metrics
 
 MAX_ANSWER_BYTES = 128 * 1024 * 1024
 """A JSON answer larger than this is refused, and so are messages of one run, so that memory stays bounded (I8)."""
@@ -89,9 +90,10 @@ class LettaClient:
     `http` carries base URL, credentials, timeouts and TLS settings.
     """
 
-    def __init__(self, http: httpx.AsyncClient, options: StreamOptions) -> None:
+    def __init__(self, http: httpx.AsyncClient, options: StreamOptions, metrics: Metrics) -> None:
         self._http = http
         self._options = options
+        self._metrics = metrics
         self._paging = Paging()
         self._asking = asyncio.Semaphore(QUESTIONS_AT_ONCE)
 
@@ -180,6 +182,7 @@ class LettaClient:
         decoder = SseDecoder(self._options.max_event_bytes)
         with self._as_worker_errors():
             async for received in response.aiter_bytes():
+                self._metrics.received_bytes.inc(len(received))
                 yield [parse(event) for event in decoder.feed(received)]
 
     async def _error_in(self, response: httpx.Response) -> WorkerError:
