@@ -3,6 +3,7 @@
     cli.py          the commands; the only place that knows exit codes and terminals
     app.py          composition root: builds engine, HTTP client and stores from Config
     service.py      life of the process: one supervised task per unfinished run, signals, systemd
+    reload.py       SIGHUP: what of a new configuration may change while it runs
     discovery.py    which runs exist that are not finished in the store
     follower.py     life of one run: load cursor -> stream -> accept -> commit -> finish
     backfill.py     what the stream does not hold, over REST

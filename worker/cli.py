@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import functools
 import json
+import os
 import sys
 from collections.abc import Coroutine
 from importlib.metadata import version as version_of
@@ -84,13 +86,16 @@ def run(
 ) -> None:
     """Follow the watched runs and store every chunk, until SIGTERM or SIGINT (the service).
 
-    Safe to kill at any moment: it goes on from the stored cursor. Log lines go to stderr.
+    Safe to kill at any moment: it goes on from the stored cursor. Log lines go to stderr. As a service, SIGHUP makes it
+    read the configuration again: what is watched, the key and the log level change at once.
     """
-    from worker import app, observe
+    from worker import app, config, observe
 
     settings = _load(config_path)
+    # On a terminal SIGHUP means that the terminal is gone, and ends it as it ends every program.
+    reread = None if os.isatty(0) else functools.partial(config.load, config_path)
     log = observe.set_up_logging(settings.log.level, settings.log.format)
-    _do(app.run(settings, log, once=once))
+    _do(app.run(settings, log, once=once, reread=reread))
 
 
 @cli.command()

@@ -64,13 +64,18 @@ class Health:
 
     async def troubles(self) -> dict[str, str]:
         """What does not work, by name; empty when the worker is ready. An idle worker finds out by asking."""
+        troubles = self.known_troubles()
+        if "database" not in troubles and (trouble := await self._reads.trouble(ANSWER_SECONDS)) is not None:
+            troubles["database"] = trouble
+        return troubles
+
+    def known_troubles(self) -> dict[str, str]:
+        """The same without asking the database: what has been met so far."""
         troubles = {}
         if self._discovery_error is not None:
             troubles["letta"] = self._discovery_error
         if self._committer.is_failing:
             troubles["database"] = "commits fail and are tried again"
-        elif (trouble := await self._reads.trouble(ANSWER_SECONDS)) is not None:
-            troubles["database"] = trouble
         return troubles
 
 

@@ -15,6 +15,9 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 
 LogEvent = Literal[
+    "config.reloaded",  # SIGHUP: read again; what has changed in the running worker
+    "config.rejected",  # SIGHUP: the configuration is wrong, with every fault; the worker goes on with the old one
+    "config.needs_restart",  # these settings have changed, and take effect only when the worker is started again
     "worker.started",  # version, what is watched, where it is stored
     "worker.stopping",  # a signal came; reading stops, the commit finishes
     "worker.stopped",  # all is committed
@@ -57,18 +60,42 @@ def set_up_logging(level: str, log_format: Literal["json", "console"]) -> Log:
         renderers = [_show_fields, console]
     structlog.configure(
         processors=[
+            _Threshold(level),
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
             *renderers,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
     log: Log = structlog.get_logger()
     return log
+
+
+class _Threshold:
+    """Drops what is below the level. Not structlog's own filter: a logger that was bound with it keeps its level."""
+
+    def __init__(self, level: str) -> None:
+        self.least = _rank(level)
+
+    def __call__(self, _: Any, method: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        if _rank(method) < self.least:
+            raise structlog.DropEvent
+        return fields
+
+
+def set_level(level: str) -> None:
+    """Change the level of every logger there is; `set_up_logging` must have been called."""
+    for processor in structlog.get_config()["processors"]:
+        if isinstance(processor, _Threshold):
+            processor.least = _rank(level)
+
+
+def _rank(level: str) -> int:
+    return logging.getLevelNamesMapping()[level.upper()]
 
 
 def shown(text: str) -> str:
