@@ -13,6 +13,7 @@
     monitor.py      /healthz /readyz /metrics: what the outside may know
     patience.py     every wait, with its reason
     systemd.py      telling systemd how the service is
+    unit.py         the systemd unit of this installation
     config.py  errors.py  observe.py    leaves everybody outside core/ may use
     core/           pure: values in, values out
     letta/          edge: HTTP; speaks Chunk outward

@@ -130,6 +130,22 @@ def status(
     _do(_show_status(_load(config_path), as_json=as_json, watch=watch))
 
 
+@cli.command(name="service-unit")
+def service_unit(config_path: ConfigOption = None) -> None:
+    """Print the systemd unit for this installation: `> /etc/systemd/system/letta-ingest.service`.
+
+    It runs the letta-ingest that prints it, with the configuration that is named, or /etc/letta-ingest/config.toml.
+    """
+    from worker import unit
+
+    if config_path is not None and not config_path.is_file():
+        _die(ConfigError(f"{config_path}: there is no such file; start from config.example.toml"), EXIT_CONFIG)
+    paths = (unit.installed_executable(), (config_path or Path(unit.CONFIG)).absolute())
+    for path in filter(unit.is_hidden, paths):
+        typer.echo(f"letta-ingest: the service will not see {path}: put it below /opt or /etc", err=True)
+    typer.echo(unit.unit(*paths), nl=False)
+
+
 @cli.command()
 def demo(
     kills: Annotated[int, typer.Option("--kills", min=1, help="How often the worker is killed.")] = 5,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-COMMANDS = [command.callback.__name__ for command in cli.registered_commands if command.callback]
+COMMANDS = [command.name or command.callback.__name__ for command in cli.registered_commands if command.callback]
 
 
 @pytest.fixture

@@ -60,12 +60,18 @@ def test_wheel_holds_the_package_only(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"worker", f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"}
     assert "worker/migrations/env.py" in names
     assert any(name.startswith("worker/migrations/versions/") for name in names)
-    assert "worker/py.typed" in names
+    assert {"worker/py.typed", "worker/letta-ingest.service"} <= set(names)
 
 
 def test_installed_command_helps(elsewhere: Path, programs: Path) -> None:
     """The installed `letta-ingest --help` lists its commands and exits 0."""
     assert "migrate" in _run(elsewhere, programs / "letta-ingest", "--help")
+
+
+def test_installed_command_prints_its_unit(elsewhere: Path, programs: Path) -> None:
+    """The installed `letta-ingest service-unit` prints the unit from inside the wheel, with its own path."""
+    said = _run(elsewhere, programs / "letta-ingest", "service-unit")
+    assert f"ExecStart={programs}/letta-ingest run --config /etc/letta-ingest/config.toml" in said
 
 
 def test_installed_command_migrates(elsewhere: Path, programs: Path) -> None:
