@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-NEW_SECRET = "sk-another-never-to-be-seen"
+NEW_SECRET = "sk-never-to-be-seen-either"
 
 CONFIG = """\
 letta = {{ base_url = "{url}", api_key_file = "{key_file}", max_streams = {max_streams} }}

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -83,6 +85,24 @@ def test_installed_command_migrates(elsewhere: Path, programs: Path) -> None:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     connection.close()
     assert {"runs", "chunks", "gaps", "rejects", "messages"} <= tables
+
+
+def test_image_copies_what_the_package_needs(elsewhere: Path) -> None:
+    """The package can be built, complete, from the files that deploy/Containerfile copies."""
+    context = elsewhere / "context"
+    for line in re.findall(r"^COPY (?!--from)(.*)$", (CHECKOUT / "deploy" / "Containerfile").read_text(), re.MULTILINE):
+        *sources, target = line.split()
+        for source in sources:
+            to = context / source if target == "./" else context / target
+            to.parent.mkdir(parents=True, exist_ok=True)
+            if (CHECKOUT / source).is_dir():
+                shutil.copytree(CHECKOUT / source, to, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(CHECKOUT / source, to)
+    _run(elsewhere, sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", "copied", context)
+    (copied,) = (elsewhere / "copied").glob("letta_ingest-*.whl")
+    (built,) = (elsewhere / "dist").glob("letta_ingest-*.whl")
+    assert set(zipfile.ZipFile(copied).namelist()) == set(zipfile.ZipFile(built).namelist())
 
 
 def _run(folder: Path, *command: str | Path) -> str:
