@@ -45,6 +45,9 @@ async def run(
     """
     metrics = Metrics()
     async with open_database(config) as engine, open_letta(config, metrics) as letta:
+        starting = asyncio.current_task()
+        if starting is not None:  # to a container's first process SIGTERM does nothing unless it is handled
+            _on_stop_signals(starting.cancel)
         await _wait_for_schema(engine, log)
         committer = Committer(engine, log, metrics)
         reads = Reads(engine, is_patient=True)
@@ -65,7 +68,7 @@ async def run(
         )
         census = Census(Reads(engine, is_patient=False), metrics)
         async with Monitor(config.service.listen, health, metrics, census):
-            _stop_on_signals(service)
+            _on_stop_signals(service.stop)
             if reread is not None:
                 _reload_on_signal(service, Reload(config, reread, watch_again, letta, log))
             log.info(
@@ -154,10 +157,10 @@ async def _wait_for_schema(engine: AsyncEngine, log: Log) -> None:
                 await schema.require_current(engine)
 
 
-def _stop_on_signals(service: Service) -> None:
+def _on_stop_signals(stop: Callable[[], object]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, service.stop)
+        loop.add_signal_handler(number, stop)
 
 
 def _reload_on_signal(service: Service, reload: Reload) -> None:

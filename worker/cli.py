@@ -312,6 +312,8 @@ def _do(work: Coroutine[Any, Any, Result]) -> Result:
         _die(error, EXIT_REFUSED)
     except WorkerError as error:
         _die(error, EXIT_OTHER)
+    except asyncio.CancelledError:  # stopped by a signal before there was anything to drain
+        raise typer.Exit from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 
