@@ -3,14 +3,17 @@
     cli.py          the commands; the only place that knows exit codes and terminals
     app.py          composition root: builds engine, HTTP client and stores from Config
     service.py      life of the process: one supervised task per unfinished run, signals, systemd
+    reload.py       SIGHUP: what of a new configuration may change while it runs
     discovery.py    which runs exist that are not finished in the store
     follower.py     life of one run: load cursor -> stream -> accept -> commit -> finish
     backfill.py     what the stream does not hold, over REST
     checks.py  status.py  verify.py    what the commands of these names look at
     places.py       the few open streams the server can bear, shared fairly
+    census.py       how many runs are in each state, counted seldom
     monitor.py      /healthz /readyz /metrics: what the outside may know
     patience.py     every wait, with its reason
     systemd.py      telling systemd how the service is
+    unit.py         the systemd unit of this installation
     config.py  errors.py  observe.py    leaves everybody outside core/ may use
     core/           pure: values in, values out
     letta/          edge: HTTP; speaks Chunk outward

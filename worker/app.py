@@ -4,21 +4,24 @@ import asyncio
 import contextlib
 import signal
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from importlib.metadata import version
 
 import httpx
 from httpx_aiohttp import HttpxAiohttpClient
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from worker import systemd
+from worker.census import Census
 from worker.config import Config
 from worker.discovery import Discovery, Watch, watch_of
 from worker.errors import ConfigError, RefusedError
 from worker.follower import Equipment
 from worker.letta.client import LettaClient, StreamOptions
 from worker.monitor import Health, Monitor
-from worker.observe import Log, Metrics
+from worker.observe import Log, Metrics, shown
 from worker.patience import Patience
+from worker.reload import Reload
 from worker.service import Service
 from worker.storage import schema
 from worker.storage.committer import Committer
@@ -28,15 +31,32 @@ from worker.storage.reads import Reads
 GOODBYE_SECONDS = 5.0
 
 
-async def run(config: Config, log: Log, *, once: bool, patience: Patience | None = None) -> None:
-    """Run the service until a signal, or once. Raises RefusedError, ConfigError or InvariantError."""
+async def run(
+    config: Config,
+    log: Log,
+    *,
+    once: bool,
+    patience: Patience | None = None,
+    reread: Callable[[], Config] | None = None,
+) -> None:
+    """Run the service until a signal, or once; with `reread`, SIGHUP brings it to the configuration that this gives.
+
+    Raises RefusedError, ConfigError or InvariantError.
+    """
     metrics = Metrics()
-    async with open_database(config) as engine, open_letta(config) as letta:
+    async with open_database(config) as engine, open_letta(config, metrics) as letta:
+        starting = asyncio.current_task()
+        if starting is not None:  # to a container's first process SIGTERM does nothing unless it is handled
+            _on_stop_signals(starting.cancel)
         await _wait_for_schema(engine, log)
         committer = Committer(engine, log, metrics)
         reads = Reads(engine, is_patient=True)
         discovery = Discovery(letta, committer, reads, log)
         await discovery.load(watch(config), config.discovery.start)
+
+        def watch_again(changed: Config) -> None:
+            discovery.change(watch(changed), changed.discovery.start)
+
         health = Health(committer, reads, config.discovery.interval)
         equipment = Equipment(letta, committer, reads, patience or Patience(), metrics, log)
         service = Service(
@@ -46,8 +66,11 @@ async def run(config: Config, log: Log, *, once: bool, patience: Patience | None
             interval=config.discovery.interval,
             max_streams=config.letta.max_streams,
         )
-        async with Monitor(config.service.listen, health, metrics):
-            _stop_on_signals(service)
+        census = Census(Reads(engine, is_patient=False), metrics)
+        async with Monitor(config.service.listen, health, metrics, census):
+            _on_stop_signals(service.stop)
+            if reread is not None:
+                _reload_on_signal(service, Reload(config, reread, watch_again, letta, log))
             log.info(
                 "worker.started",
                 version=version("letta-ingest"),
@@ -81,19 +104,16 @@ async def open_current_database(config: Config) -> AsyncIterator[AsyncEngine]:
 
 
 @contextlib.asynccontextmanager
-async def open_letta(config: Config) -> AsyncIterator[LettaClient]:
+async def open_letta(config: Config, metrics: Metrics | None = None) -> AsyncIterator[LettaClient]:
     """The client of the Letta server; its connections are closed at the end."""
     settings = config.letta
     key = settings.read_api_key()
-    headers = {"user-agent": f"letta-ingest/{version('letta-ingest')}"}
-    if key is not None:
-        headers["authorization"] = f"Bearer {key.get_secret_value()}"
     # Pings are asked for, so bytes come every 20 s; without them a silent run looks like a dead connection.
     read_timeout = settings.read_timeout if settings.include_pings else None
     try:
         http = HttpxAiohttpClient(
             base_url=settings.base_url,
-            headers=headers,
+            headers={"user-agent": f"letta-ingest/{version('letta-ingest')}"},
             timeout=httpx.Timeout(read_timeout, connect=settings.connect_timeout, pool=None),
             # aiohttp would take None for its own limit of 100.
             limits=httpx.Limits(max_connections=settings.max_streams + 16, keepalive_expiry=4.0),
@@ -109,7 +129,9 @@ async def open_letta(config: Config) -> AsyncIterator[LettaClient]:
         max_event_bytes=settings.max_event_bytes,
     )
     async with http:
-        yield LettaClient(http, options)
+        client = LettaClient(http, options, metrics or Metrics())
+        client.use_key(key)
+        yield client
 
 
 def watch(config: Config) -> Watch:
@@ -123,6 +145,7 @@ async def _wait_for_schema(engine: AsyncEngine, log: Log) -> None:
     def report(state: object) -> None:
         error = state.outcome.exception()  # type: ignore[attr-defined]
         log.warning("database.unavailable", error=describe(error), waiting=0)
+        systemd.notify(f"STATUS=waits for the database: {shown(describe(error))}")
 
     async for attempt in outage_retries(report):
         with attempt:
@@ -134,10 +157,18 @@ async def _wait_for_schema(engine: AsyncEngine, log: Log) -> None:
                 await schema.require_current(engine)
 
 
-def _stop_on_signals(service: Service) -> None:
+def _on_stop_signals(stop: Callable[[], object]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, service.stop)
+        loop.add_signal_handler(number, stop)
+
+
+def _reload_on_signal(service: Service, reload: Reload) -> None:
+    def on_signal() -> None:
+        with systemd.reloading() if service.is_ready else contextlib.nullcontext():
+            reload.reload()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_signal)
 
 
 async def migrate(config: Config) -> tuple[str | None, str]:

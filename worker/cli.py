@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import functools
 import gc
 import json
+import os
 import sys
 from collections.abc import Coroutine
 from importlib.metadata import version as version_of
@@ -85,16 +87,19 @@ def run(
 ) -> None:
     """Follow the watched runs and store every chunk, until SIGTERM or SIGINT (the service).
 
-    Safe to kill at any moment: it goes on from the stored cursor. Log lines go to stderr.
+    Safe to kill at any moment: it goes on from the stored cursor. Log lines go to stderr. As a service, SIGHUP makes it
+    read the configuration again: what is watched, the key and the log level change at once.
     """
-    from worker import app, observe
+    from worker import app, config, observe
 
     settings = _load(config_path)
+    # On a terminal SIGHUP means that the terminal is gone, and ends it as it ends every program.
+    reread = None if os.isatty(0) else functools.partial(config.load, config_path)
     log = observe.set_up_logging(settings.log.level, settings.log.format)
     # A chunk is a handful of objects that live until their commit: looking for garbage among them every 700 objects, as
     # Python does, takes a tenth of the time.
     gc.set_threshold(10_000)
-    _do(app.run(settings, log, once=once))
+    _do(app.run(settings, log, once=once, reread=reread))
 
 
 @cli.command()
@@ -127,6 +132,22 @@ def status(
 ) -> None:
     """Show runs by state, what is being followed, cursors and lag. Reads the database only; the worker may run."""
     _do(_show_status(_load(config_path), as_json=as_json, watch=watch))
+
+
+@cli.command(name="service-unit")
+def service_unit(config_path: ConfigOption = None) -> None:
+    """Print the systemd unit for this installation: `> /etc/systemd/system/letta-ingest.service`.
+
+    It runs the letta-ingest that prints it, with the configuration that is named, or /etc/letta-ingest/config.toml.
+    """
+    from worker import unit
+
+    if config_path is not None and not config_path.is_file():
+        _die(ConfigError(f"{config_path}: there is no such file; start from config.example.toml"), EXIT_CONFIG)
+    paths = (unit.installed_executable(), (config_path or Path(unit.CONFIG)).absolute())
+    for path in filter(unit.is_hidden, paths):
+        typer.echo(f"letta-ingest: the service will not see {path}: put it below /opt or /etc", err=True)
+    typer.echo(unit.unit(*paths), nl=False)
 
 
 @cli.command()
@@ -295,6 +316,8 @@ def _do(work: Coroutine[Any, Any, Result]) -> Result:
         _die(error, EXIT_REFUSED)
     except WorkerError as error:
         _die(error, EXIT_OTHER)
+    except asyncio.CancelledError:  # stopped by a signal before there was anything to drain
+        raise typer.Exit from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 

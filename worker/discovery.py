@@ -76,6 +76,11 @@ class Discovery:
         self._scopes: dict[str, Start] = {}
         self._new: dict[str, Start] = {}
         self._known: dict[str, RunRecord] = {}
+        self._wanted: tuple[Watch, StartFrom] | None = None
+
+    def change(self, watch: Watch, start: StartFrom) -> None:
+        """Watch this from the next sweep on. Runs that were found stay wanted."""
+        self._wanted = watch, start
 
     async def load(self, watch: Watch, start: StartFrom) -> None:
         """Take up the stored position; scopes that are new are looked for from `start`, or from now on."""
@@ -87,12 +92,16 @@ class Discovery:
         start_at = start if isinstance(start, dt.datetime) else None
         self._new = dict.fromkeys(watch.scopes - state.scopes.keys(), start_at)
         self._dropped = sorted(state.scopes.keys() - watch.scopes)
+        self._known = {}  # runs that nobody wanted are among them
 
     async def sweep(self) -> AsyncIterator[list[StoredRun]]:
         """List what is new once; give of each page, as it comes, the watched runs there is something to do for.
 
         Raises TroubleError, BadRequestError or RefusedError; the next sweep then begins where this one began.
         """
+        if self._wanted is not None:
+            await self.load(*self._wanted)
+            self._wanted = None
         newest: dt.datetime | None = None
         listed: dict[str, RunRecord] = {}
         async for page in self._letta.newest_runs():

@@ -28,7 +28,7 @@ from worker.errors import (
     TroubleError,
 )
 from worker.letta.client import Address, LettaClient
-from worker.observe import Log, Metrics
+from worker.observe import FollowerState, Log, Metrics
 from worker.patience import Patience, until_it_works
 from worker.places import Places
 from worker.storage.committer import Commit, Committer
@@ -83,6 +83,7 @@ class Follower:
         self._quiet_count = 0
         self._quiet_since = 0.0
         self._reconnect_count = 0
+        self._state: FollowerState | None = None
 
     async def follow(self) -> None:
         """Store the run to its end, then its record and its messages.
@@ -91,9 +92,13 @@ class Follower:
         trouble of the server and of the database is waited out.
         """
         started = time.monotonic()
-        missing = await self._follow_stream() if self._run.state in UNFINISHED_STATES else None
-        state = await self._settle(missing)
-        self._with.metrics.duplicates.inc(self._runlog.duplicate_count)
+        self._enter("waiting")
+        try:
+            missing = await self._follow_stream() if self._run.state in UNFINISHED_STATES else None
+            self._enter("settling")
+            state = await self._settle(missing)
+        finally:
+            self._enter(None)
         self._log.info(
             "run.finished",
             state=state,
@@ -105,6 +110,14 @@ class Follower:
             seconds=round(time.monotonic() - started, 3),
         )
 
+    def _enter(self, state: FollowerState | None) -> None:
+        """Be counted as in this state, and no longer as in the one before; None: not at all."""
+        if self._state is not None:
+            self._with.metrics.followers.labels(self._state).dec()
+        if state is not None:
+            self._with.metrics.followers.labels(state).inc()
+        self._state = state
+
     async def _follow_stream(self) -> str | None:
         """Read until the run is finished (None), or until its stream is gone for good: then why."""
         if self._record.background is False:
@@ -114,7 +127,7 @@ class Follower:
         while True:
             outcome = Outcome.UNPROVEN
             try:
-                async for attempt in until_it_works(self._report_trouble):
+                async for attempt in until_it_works(self._report_fruitless_reading):
                     with attempt:
                         outcome = await self._read_once()
             except RunExpiredError:
@@ -139,7 +152,7 @@ class Follower:
 
     async def _prepare_next(self, outcome: Outcome) -> None:
         self._reconnect_count += 1
-        self._with.metrics.reconnects.inc()
+        self._with.metrics.reconnects.labels(outcome.name.lower()).inc()
         self._log.debug("run.reconnecting", cursor=self._runlog.cursor, reason=outcome.name.lower())
         if outcome is Outcome.UNPROVEN:
             self._is_by_run = True
@@ -174,6 +187,7 @@ class Follower:
             # Over REST first: a run without a stream should not be asked for one again and again.
             self._record = await self._with.letta.retrieve_run(self._record.run_id)
         before = self._runlog.cursor
+        self._enter("queued")
         try:
             async with self._places.place(self._record.created_at):
                 outcome = await self._read_and_watch()
@@ -210,7 +224,8 @@ class Follower:
         raise TroubleError("the stream ended without bringing anything")
 
     async def _read_and_watch(self) -> Outcome:
-        self._with.metrics.streams_open.inc()
+        self._enter("reading")
+        duplicates_before = self._runlog.duplicate_count
         reader = asyncio.create_task(self._read(), name=f"read:{self._record.run_id}")
         try:
             return await self._watch(reader)
@@ -222,7 +237,8 @@ class Follower:
             # The response must be closed before the place is given away.
             reader.cancel()
             await asyncio.wait([reader])
-            self._with.metrics.streams_open.dec()
+            self._with.metrics.duplicates.inc(self._runlog.duplicate_count - duplicates_before)
+            self._enter("waiting")
 
     async def _read(self) -> Outcome:
         """Read the stream from the cursor on and hand over for commit whatever becomes storable."""
@@ -300,6 +316,10 @@ class Follower:
         patience = self._with.patience
         return patience.cancelled if self._record.status == "cancelled" else patience.ended
 
+    def _report_fruitless_reading(self, retry: tenacity.RetryCallState) -> None:
+        self._with.metrics.reconnects.labels("trouble").inc()
+        self._report_trouble(retry)
+
     def _report_trouble(self, retry: tenacity.RetryCallState) -> None:
         error = retry.outcome.exception() if retry.outcome else None
         wait = round(retry.next_action.sleep, 1) if retry.next_action else None
@@ -351,10 +371,11 @@ class Follower:
             self._with.letta, self._record, self._with.patience, self._report_trouble, is_over=missing is None
         )
         self._record = found.record
+        self._with.metrics.backfills.labels("failed" if found.missing else "fetched").inc()
         await self._committed()
         if missing is not None:
             await self._close(missing, state_without_log="backfilled" if found.messages else "unavailable")
-        state = await self._state()
+        state = await self._final_state()
         streamed, comparison = await self._reconcile(state, found.messages)
         await self._with.committer.commit(
             RunWrite(
@@ -371,7 +392,7 @@ class Follower:
         self._with.metrics.runs_finished.labels(state=state).inc()
         return state
 
-    async def _state(self) -> str:
+    async def _final_state(self) -> str:
         """The run's state in the store: another worker may have seen more of it, but nobody more than everything."""
         if self._runlog.is_complete:
             return "complete"

@@ -10,6 +10,7 @@ from typing import Self
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from worker.census import Census
 from worker.errors import RefusedError
 from worker.observe import Metrics
 from worker.storage.committer import Committer
@@ -19,7 +20,7 @@ STUCK_SECONDS = 60.0
 """Who has work, reports no outage and gets nothing done for so long is stuck: requests and statements end sooner."""
 
 ANSWER_SECONDS = 2.0
-"""Whoever asks whether the worker is ready waits so long for the database; probes give up soon after."""
+"""Whoever asks whether the worker is ready, or for its figures, waits so long for the database; probes give up then."""
 
 
 class Health:
@@ -63,24 +64,30 @@ class Health:
 
     async def troubles(self) -> dict[str, str]:
         """What does not work, by name; empty when the worker is ready. An idle worker finds out by asking."""
+        troubles = self.known_troubles()
+        if "database" not in troubles and (trouble := await self._reads.trouble(ANSWER_SECONDS)) is not None:
+            troubles["database"] = trouble
+        return troubles
+
+    def known_troubles(self) -> dict[str, str]:
+        """The same without asking the database: what has been met so far."""
         troubles = {}
         if self._discovery_error is not None:
             troubles["letta"] = self._discovery_error
         if self._committer.is_failing:
             troubles["database"] = "commits fail and are tried again"
-        elif (trouble := await self._reads.trouble(ANSWER_SECONDS)) is not None:
-            troubles["database"] = trouble
         return troubles
 
 
 class Monitor:
     """The HTTP listener. Enter it to listen, leave it to stop."""
 
-    def __init__(self, listen: str, health: Health, metrics: Metrics) -> None:
+    def __init__(self, listen: str, health: Health, metrics: Metrics, census: Census) -> None:
         self._host, _, port = listen.rpartition(":")
         self._port = int(port)
         self._health = health
         self._metrics = metrics
+        self._census = census
         app = web.Application()
         app.add_routes(
             [
@@ -105,6 +112,7 @@ class Monitor:
     async def __aexit__(self, *_: object) -> None:
         """Stop listening."""
         await self._runner.cleanup()
+        await self._census.close()
 
     async def _healthz(self, _: web.Request) -> web.Response:
         stuck = self._health.stuck()
@@ -117,4 +125,5 @@ class Monitor:
         return web.json_response(body, status=503 if troubles else 200)
 
     async def _metrics_page(self, _: web.Request) -> web.Response:
+        await self._census.refresh(ANSWER_SECONDS)
         return web.Response(body=generate_latest(self._metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})

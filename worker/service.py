@@ -6,6 +6,7 @@ Used by app.py. A follower that fails is started again and never stops the other
 import asyncio
 import datetime as dt
 import functools
+import math
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from typing import Any
 
@@ -17,6 +18,7 @@ from worker.discovery import Discovery
 from worker.errors import InvariantError, RefusedError, WorkerError
 from worker.follower import Equipment, Follower
 from worker.monitor import Health
+from worker.observe import shown
 from worker.patience import until_it_works
 from worker.places import Places
 from worker.storage.reads import StoredRun
@@ -26,6 +28,9 @@ STREAM_LIFE = STREAM_EXPIRY + dt.timedelta(minutes=10)
 OLD_RUNS_AT_ONCE = 20
 DRAIN_SECONDS = 10.0
 FAILED_TASK_DELAY = 5.0
+STATUS_SECONDS = 3.0
+"""So often the line that `systemctl status` shows may change."""
+MOST_STATUS_CHARS = 500
 
 
 class Service:
@@ -49,6 +54,9 @@ class Service:
         self._failure: WorkerError | None = None
         self._has_old_runs = asyncio.Event()
         self._has_old_runs.set()
+        self.is_ready = False
+        """The database takes what is written, and the runs have been listed once."""
+        equipment.metrics.expires_at.set_function(self._expires_at)
 
     def stop(self) -> None:
         """Ask for a drain; returns at once. May be called from a signal handler, and twice."""
@@ -65,7 +73,7 @@ class Service:
             self._start("discover", self._follow_everything(once=once))
             self._start("old runs", self._follow_old_runs())
             self._start("watchdog", self._feed_watchdog())
-            systemd.notify("READY=1")
+            self._start("status", self._tell_status())
             await asyncio.wait({committing, stopping}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await self._drain(committing)
@@ -126,7 +134,9 @@ class Service:
             self._log.info("discovery.recovered")
         self._health.discovery_succeeded()
         self._with.metrics.discovery_at.set_to_current_time()
-        self._report_unfinished()
+        if not self.is_ready:
+            self.is_ready = True
+            systemd.notify("READY=1")
         return count
 
     def _take_up(self, found: list[StoredRun]) -> None:
@@ -219,13 +229,34 @@ class Service:
         self._health.discovery_failed(str(error))
         self._log.warning("discovery.failed", error=str(error), attempt=state.attempt_number, wait=wait)
 
-    def _report_unfinished(self) -> None:
-        """Also how long the most endangered run has, of those that are young enough to have a stream."""
-        now = dt.datetime.now(dt.UTC)
-        lives = [STREAM_EXPIRY - (now - created_at) for created_at in self._created_at.values()]
-        endangered = min((life for life in lives if life > dt.timedelta()), default=STREAM_EXPIRY)
-        self._with.metrics.runs_unfinished.set(len(self._followers))
-        self._with.metrics.seconds_to_expiry.set(endangered.total_seconds())
+    def _expires_at(self) -> float:
+        """When the server drops the oldest of the streams it still has, in seconds since 1970; infinite without one."""
+        streams_since = dt.datetime.now(dt.UTC) - STREAM_EXPIRY
+        oldest = min((at for at in self._created_at.values() if at > streams_since), default=None)
+        return math.inf if oldest is None else oldest.timestamp() + STREAM_EXPIRY.total_seconds()
+
+    async def _tell_status(self) -> None:
+        """Keep the line that `systemctl status` shows true."""
+        told = None
+        while True:
+            line = self._status()
+            if line != told:
+                systemd.notify(f"STATUS={line}")
+                told = line
+            await asyncio.sleep(STATUS_SECONDS)
+
+    def _status(self) -> str:
+        """One line for a person."""
+        value = self._with.metrics.registry.get_sample_value
+        streams = value("letta_ingest_followers", {"state": "reading"}) or 0
+        chunks = value("letta_ingest_chunks_stored_total") or 0
+        parts = [
+            f"{streams:.0f} streams open",
+            f"{chunks:.0f} chunks stored",
+            f"{len(self._followers)} runs unfinished",
+        ]
+        parts += [f"{name}: {shown(trouble)}" for name, trouble in self._health.known_troubles().items()]
+        return "; ".join(parts)[:MOST_STATUS_CHARS]
 
     async def _feed_watchdog(self) -> None:
         interval = systemd.watchdog_interval()

@@ -3,8 +3,11 @@
 Ours, because the protocol is one datagram, and the library for it (sdnotify) has had no release since 2016.
 """
 
+import contextlib
 import os
 import socket
+import time
+from collections.abc import Iterator
 
 
 def notify(state: str) -> None:
@@ -23,6 +26,16 @@ def notify(state: str) -> None:
             sender.sendto(state.encode(), address)
     except OSError:
         pass
+
+
+@contextlib.contextmanager
+def reloading() -> Iterator[None]:
+    """While the block runs, systemd shows the service as reloading. Only for a service that has said READY=1."""
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    try:
+        yield
+    finally:
+        notify("READY=1")
 
 
 def watchdog_interval() -> float | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 
-FIGURES = ("chunks_stored_total", "streams_open", "runs_unfinished", "tasks")
+FIGURES = ("chunks_stored_total", "followers", "tasks")
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Sampler:
                 connections=sum(link.startswith("socket:") for link in links),
                 threads=int(_field(status, "Threads")),
                 tasks=figures["tasks"],
-                streams=figures["streams_open"],
-                unfinished=figures["runs_unfinished"],
+                streams=_figure(page, 'letta_ingest_followers{state="reading"}'),
+                unfinished=figures["followers"],
                 chunks=figures["chunks_stored_total"],
             )
         )
@@ -72,6 +72,7 @@ def _field(status: str, name: str) -> str:
 
 
 def _figure(page: str, name: str) -> int:
-    found = re.search(rf"^{name} (\S+)$", page, re.MULTILINE)
-    assert found is not None, name
-    return int(float(found[1]))
+    """The sum of the samples whose name, with its labels, begins so."""
+    found = re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", page, re.MULTILINE)
+    assert found, name
+    return sum(int(float(value)) for value in found)

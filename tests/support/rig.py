@@ -241,7 +241,7 @@ async def working(
         }
     )
     log, metrics = Lines(), Metrics()
-    async with app.open_database(config) as engine, app.open_letta(config) as client:
+    async with app.open_database(config) as engine, app.open_letta(config, metrics) as client:
         await give_schema(engine)
         committer = Committer(engine, log, metrics)
         reads = Reads(engine, is_patient=True)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -102,6 +103,13 @@ class Shell:
     async def until_logged(self, life: Life, event: str) -> None:
         """Wait for a log line."""
         await until(lambda: any(line["event"] == event for line in self.logged(life)), 15)
+
+
+def free_address() -> str:
+    """An address nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 @asynccontextmanager

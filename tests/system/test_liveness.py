@@ -5,28 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
-import itertools
 import os
 import signal
-import socket
 import sqlite3
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
-from tests.support.lives import until
+from tests.support.lives import Life, until
 from tests.support.postgres import running_postgres
 from tests.support.rig import SECRET as KEY
 from tests.support.rig import working
-from tests.support.shell import SECRET, Shell
-from worker import monitor
+from tests.support.shell import SECRET, Shell, free_address
+from tests.support.systemd import Systemd
+from worker import monitor, service
+from worker.census import Census
 from worker.demo.fake_letta import FakeLetta
 from worker.monitor import Health, Monitor
 from worker.storage.writes import SweepWrite
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
 
@@ -37,57 +37,12 @@ async def letta() -> AsyncIterator[FakeLetta]:
         yield server
 
 
-class Systemd:
-    """The other end of NOTIFY_SOCKET, as systemd has it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(str(path))
-        self._socket.settimeout(0)
-        self.heard: list[str] = []
-
-    def listen(self) -> list[str]:
-        """Everything heard so far."""
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self.heard.append(self._socket.recv(4096).decode())
-        return self.heard
-
-    async def hears(self, word: str, times: int = 1, seconds: float = 10.0) -> None:
-        """Wait until this was said so many times more."""
-        before = self.listen().count(word)
-        await until(lambda: self.listen().count(word) >= before + times, seconds)
-
-    def fill(self) -> int:
-        """Leave no room for more until it listens; return how many messages that took."""
-        with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sender:
-            sender.settimeout(0)
-            for count in itertools.count():
-                try:
-                    sender.sendto(b"filler", str(self.path))
-                except BlockingIOError:
-                    return count
-        raise AssertionError
-
-    def close(self) -> None:
-        """Stop listening."""
-        self._socket.close()
-
-
 @pytest.fixture
 def systemd(tmp_path: Path) -> Iterator[Systemd]:
     """A systemd that wants a sign of life five times a second."""
     made = Systemd(tmp_path / "notify")
     yield made
     made.close()
-
-
-def free_address() -> str:
-    """An address nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 async def asked(address: str, path: str) -> tuple[int, dict[str, Any]]:
@@ -122,6 +77,65 @@ async def idle_worker(letta: FakeLetta, url: str, folder: Path, systemd: Systemd
         assert "STOPPING=1" in systemd.listen()
     finally:
         life.kill()
+
+
+def hurry_status() -> None:
+    """In the worker's process: its line may change soon."""
+    service.STATUS_SECONDS = 0.1
+
+
+@contextlib.asynccontextmanager
+async def unready_worker(shell: Shell, systemd: Systemd) -> AsyncIterator[Life]:
+    """A worker process that has something to wait for; it ends well in the end, and was ready once."""
+    life = shell.start("run", environ={"NOTIFY_SOCKET": str(systemd.path)}, prepare=hurry_status)
+    try:
+        yield life
+        assert await shell.stop(life) == 0
+        assert (systemd.said("READY"), systemd.said("STOPPING")) == (["1"], ["1"])
+    finally:
+        life.kill()
+
+
+async def test_ready_comes_with_the_first_listing(
+    letta: FakeLetta, sqlite_url: str, tmp_path: Path, systemd: Systemd
+) -> None:
+    """Promise 4: READY=1 waits until the runs have been listed once; until then STATUS says what it waits for."""
+
+    def status_is(line: str) -> Callable[[], bool]:
+        return lambda: systemd.said("STATUS")[-1:] == [line]
+
+    shell = Shell(letta, tmp_path, sqlite_url)
+    await letta.stop_listening()
+    async with unready_worker(shell, systemd) as life:
+        await shell.until_logged(life, "discovery.failed")
+        error = next(line["error"] for line in shell.logged(life) if line["event"] == "discovery.failed")
+        await until(status_is(f"0 streams open; 0 chunks stored; 0 runs unfinished; letta: {error}"), 5)
+        assert systemd.said("READY") == []
+        await letta.start_listening()
+        await until(lambda: systemd.said("READY") == ["1"], 15)
+        run = letta.new_run()
+        rows = run.say("hello")
+        await until(status_is(f"1 streams open; {rows} chunks stored; 1 runs unfinished"), 10)
+        run.complete()
+        await until(status_is(f"0 streams open; {len(run.expected_rows())} chunks stored; 0 runs unfinished"), 10)
+        told = len(systemd.said("STATUS"))
+        await asyncio.sleep(0.5)
+        assert len(systemd.said("STATUS")) == told, "told again although nothing has changed"
+
+
+async def test_ready_waits_for_the_database(letta: FakeLetta, tmp_path: Path, systemd: Systemd) -> None:
+    """Promise 4: a worker whose database is down since its start is not ready, and STATUS says why."""
+    with running_postgres() as server:
+        shell = Shell(letta, tmp_path, server.create_database())
+        assert (await shell.do("migrate")).code == 0
+        server.stop()
+        async with unready_worker(shell, systemd) as life:
+            await shell.until_logged(life, "database.unavailable")
+            await until(lambda: bool(systemd.said("STATUS")), 5)
+            assert systemd.said("STATUS")[-1].startswith("waits for the database: ")
+            assert systemd.said("READY") == []
+            server.start()
+            await until(lambda: systemd.said("READY") == ["1"], 20)
 
 
 async def test_idle_is_not_stopped(letta: FakeLetta, sqlite_url: str, tmp_path: Path, systemd: Systemd) -> None:
@@ -186,7 +200,7 @@ async def test_what_is_stuck_is_named(letta: FakeLetta, sqlite_url: str, monkeyp
     async with working(letta, sqlite_url) as rig:
         health = Health(rig.committer, rig.reads, 0.1)
         address = free_address()
-        async with Monitor(address, health, rig.metrics):
+        async with Monitor(address, health, rig.metrics, Census(rig.reads, rig.metrics)):
             health.discovery_succeeded()
             assert await asked(address, "/healthz") == (200, {"status": "ok"})
             with contextlib.closing(sqlite3.connect(sqlite_url.removeprefix("sqlite:///"))) as other:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-COMMANDS = [command.callback.__name__ for command in cli.registered_commands if command.callback]
+COMMANDS = [command.name or command.callback.__name__ for command in cli.registered_commands if command.callback]
 
 
 @pytest.fixture
@@ -266,6 +266,17 @@ async def test_unreachable_database(shell: Shell) -> None:
         assert done.code == 3, done.err
         assert "Traceback" not in done.err
         assert SECRET not in done.out + done.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+async def test_stop_before_the_database_is_there(shell: Shell, number: signal.Signals) -> None:
+    """A worker that still waits for its database ends at once and quietly when it is told to, with exit code 0."""
+    shell.database_url = "postgresql://letta@127.0.0.1:1/letta"
+    life = shell.start("run")
+    await shell.until_logged(life, "database.unavailable")
+    assert await shell.stop(life, number) == 0
+    assert {line["event"] for line in shell.logged(life)} == {"database.unavailable"}
+    assert "Traceback" not in (shell.folder / "1.err").read_text()
 
 
 async def test_once_ends_by_itself(shell: Shell) -> None:

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -60,12 +62,18 @@ def test_wheel_holds_the_package_only(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"worker", f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"}
     assert "worker/migrations/env.py" in names
     assert any(name.startswith("worker/migrations/versions/") for name in names)
-    assert "worker/py.typed" in names
+    assert {"worker/py.typed", "worker/letta-ingest.service"} <= set(names)
 
 
 def test_installed_command_helps(elsewhere: Path, programs: Path) -> None:
     """The installed `letta-ingest --help` lists its commands and exits 0."""
     assert "migrate" in _run(elsewhere, programs / "letta-ingest", "--help")
+
+
+def test_installed_command_prints_its_unit(elsewhere: Path, programs: Path) -> None:
+    """The installed `letta-ingest service-unit` prints the unit from inside the wheel, with its own path."""
+    said = _run(elsewhere, programs / "letta-ingest", "service-unit")
+    assert f"ExecStart={programs}/letta-ingest run --config /etc/letta-ingest/config.toml" in said
 
 
 def test_installed_command_migrates(elsewhere: Path, programs: Path) -> None:
@@ -77,6 +85,24 @@ def test_installed_command_migrates(elsewhere: Path, programs: Path) -> None:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     connection.close()
     assert {"runs", "chunks", "gaps", "rejects", "messages"} <= tables
+
+
+def test_image_copies_what_the_package_needs(elsewhere: Path) -> None:
+    """The package can be built, complete, from the files that deploy/Containerfile copies."""
+    context = elsewhere / "context"
+    for line in re.findall(r"^COPY (?!--from)(.*)$", (CHECKOUT / "deploy" / "Containerfile").read_text(), re.MULTILINE):
+        *sources, target = line.split()
+        for source in sources:
+            to = context / source if target == "./" else context / target
+            to.parent.mkdir(parents=True, exist_ok=True)
+            if (CHECKOUT / source).is_dir():
+                shutil.copytree(CHECKOUT / source, to, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(CHECKOUT / source, to)
+    _run(elsewhere, sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", "copied", context)
+    (copied,) = (elsewhere / "copied").glob("letta_ingest-*.whl")
+    (built,) = (elsewhere / "dist").glob("letta_ingest-*.whl")
+    assert set(zipfile.ZipFile(copied).namelist()) == set(zipfile.ZipFile(built).namelist())
 
 
 def _run(folder: Path, *command: str | Path) -> str:

@@ -13,6 +13,7 @@ from urllib.parse import quote
 import aiohttp
 import httpx
 import msgspec
+from pydantic import SecretStr
 
 from worker.core.chunks import Event, parse
 from worker.core.records import MessageRecord, RunRecord
@@ -35,6 +36,7 @@ from worker.letta.answers import (
     without_key,
 )
 from worker.letta.paging import Paging
+from worker.observe import Metrics
 
 MAX_ANSWER_BYTES = 128 * 1024 * 1024
 """A JSON answer larger than this is refused, and so are messages of one run, so that memory stays bounded (I8)."""
@@ -89,16 +91,23 @@ class LettaClient:
     `http` carries base URL, credentials, timeouts and TLS settings.
     """
 
-    def __init__(self, http: httpx.AsyncClient, options: StreamOptions) -> None:
+    def __init__(self, http: httpx.AsyncClient, options: StreamOptions, metrics: Metrics) -> None:
         self._http = http
         self._options = options
+        self._metrics = metrics
         self._paging = Paging()
         self._asking = asyncio.Semaphore(QUESTIONS_AT_ONCE)
+
+    def use_key(self, key: SecretStr | None) -> None:
+        """Send this key, or none, with every request from now on; streams that are open stay open."""
+        self._http.headers.pop("authorization", None)
+        if key is not None:
+            self._http.headers["authorization"] = f"Bearer {key.get_secret_value()}"
 
     @property
     def _key(self) -> str:
         """What no error may hold. Not kept as a field, which a debugger would show."""
-        return str(self._http.headers.get("authorization", "")).removeprefix("Bearer ")
+        return _key_in(self._http.headers)
 
     async def server_version(self) -> str:
         """The server's version, e.g. `0.16.8`; needs no credentials (letta-protocol j)."""
@@ -180,10 +189,12 @@ class LettaClient:
         decoder = SseDecoder(self._options.max_event_bytes)
         with self._as_worker_errors():
             async for received in response.aiter_bytes():
+                self._metrics.received_bytes.inc(len(received))
                 yield [parse(event) for event in decoder.feed(received)]
 
     async def _error_in(self, response: httpx.Response) -> WorkerError:
-        return error_of(response.status_code, response.headers, await _read_beginning(response), self._key)
+        sent = _key_in(response.request.headers)  # which may be another one by now
+        return error_of(response.status_code, response.headers, await _read_beginning(response), sent)
 
     @contextlib.contextmanager
     def _as_worker_errors(self) -> Iterator[None]:
@@ -222,6 +233,10 @@ class LettaClient:
                 if response.status_code != httpx.codes.OK:
                     raise await self._error_in(response)
                 return await _read_bounded(response, MAX_ANSWER_BYTES)
+
+
+def _key_in(headers: httpx.Headers) -> str:
+    return str(headers.get("authorization", "")).removeprefix("Bearer ")
 
 
 def _refusal_of(address: Address, error: WorkerError) -> WorkerError:

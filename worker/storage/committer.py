@@ -5,6 +5,7 @@ commit carries one chunk and under heavy load thousands. Used by follower, disco
 """
 
 import asyncio
+import datetime as dt
 import time
 from collections import deque
 from collections.abc import Generator
@@ -57,6 +58,8 @@ class Committer:
         self._has_room.set()
         self._failure: BaseException | None = None
         self._moved_at = time.monotonic()
+        metrics.unacknowledged_bytes.set_function(lambda: self._waiting_bytes)
+        metrics.unacknowledged_chunks.set_function(lambda: sum(_chunk_count(commit.content) for commit in self._queue))
         self.is_failing = False
         """The database does not take commits at the moment."""
 
@@ -194,8 +197,12 @@ class Committer:
         self._metrics.commits.inc()
         self._metrics.commit_seconds.observe(seconds)
         self._metrics.commit_at.set_to_current_time()
-        for accepted in (w.accepted for w in lot if isinstance(w, RunWrite) and w.accepted):
-            self._count_accepted(accepted)
+        self._metrics.commit_chunks.observe(sum(map(_chunk_count, lot)))
+        now = dt.datetime.now(dt.UTC)
+        for content in lot:
+            if isinstance(content, RunWrite) and content.accepted is not None:
+                self._metrics.lag_seconds.observe((now - content.at).total_seconds())
+                self._count_accepted(content.accepted)
 
     def _count_accepted(self, accepted: Accepted) -> None:
         self._metrics.chunks.inc(len(accepted.rows))
@@ -209,6 +216,10 @@ class Committer:
             commit = self._queue.popleft()
             if not commit.durable.done():
                 commit.durable.set_exception(RefusedError("nothing can be committed any more"))
+
+
+def _chunk_count(content: Write) -> int:
+    return len(content.accepted.rows) if isinstance(content, RunWrite) and content.accepted is not None else 0
 
 
 def _subject(content: Write) -> str | None:
