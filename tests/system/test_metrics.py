@@ -142,6 +142,7 @@ async def test_counting_is_bounded(letta: FakeLetta, postgresql_url: str, monkey
     """I8: runs are counted in the store seldom, however often somebody asks, and a slow count holds nobody up."""
     letta.password = KEY
     monkeypatch.setattr(census, "REST_SECONDS", 0.5)
+    monkeypatch.setattr(census, "REST_TIMES", 0)
     async with working(letta, postgresql_url) as rig:
         counts = Census(rig.reads, rig.metrics)
         letta.new_run()
