@@ -13,6 +13,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DLT := .cache/dlt/.ready
 PYTEST := $(BIN)/python -m pytest
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
@@ -21,10 +22,10 @@ export LETTA_INGEST_MINUTES := $(MINUTES)
 export LETTA_INGEST_SEED := $(SEED)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format torture faults soak mutants wheel real bench setup constraints clean
+.PHONY: help demo test check format torture faults soak mutants wheel real bench bench-smoke setup constraints clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## See it work: a talkative server, a worker killed again and again, and the count at the end
 	@$(BIN)/letta-ingest demo
@@ -61,8 +62,17 @@ real: $(READY) ## Follow a real Letta server, installed for it, and kill the wor
 	@# The behaviour suite comes last: it leaves runs behind that never end, and a worker would follow them all.
 	$(PYTEST) -s -m real tests/real_letta tests/behaviour $(ARGS)
 
-bench: $(READY) ## Measure the worker against a floor and what others would do, all in one run (tens of minutes)
+bench: $(READY) $(DLT) ## Measure the worker against a floor and what others would do, all in one run (tens of minutes)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-smoke: $(READY) ## Fail when a chunk costs half as much CPU again, in units of the floor, as was recorded
+	$(BIN)/python -m benchmarks --smoke
+
+$(DLT): benchmarks/contenders/dlt-requirements.txt
+	@rm -rf .cache/dlt && mkdir -p .cache
+	@"$(PYTHON)" -m venv .cache/dlt
+	@.cache/dlt/bin/python $(PIP_INSTALL) --requirement benchmarks/contenders/dlt-requirements.txt
+	@touch $(DLT)
 
 setup: $(READY) ## Build .venv, if pyproject.toml or constraints.txt changed
 

@@ -52,7 +52,7 @@ def main() -> None:
     destination = (
         dlt.destinations.sqlalchemy(credentials=database_url)
         if database_url.startswith("sqlite")
-        else dlt.destinations.postgres(credentials=database_url)
+        else dlt.destinations.postgres(credentials=database_url.replace("@", ":none@"))  # it insists on a password
     )
     with tempfile.TemporaryDirectory() as folder:
         dataset = "main" if database_url.startswith("sqlite") else "public"
