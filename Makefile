@@ -21,7 +21,7 @@ export LETTA_INGEST_MINUTES := $(MINUTES)
 export LETTA_INGEST_SEED := $(SEED)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format torture faults soak mutants wheel real bench setup constraints clean
+.PHONY: help demo test check format reference torture faults soak mutants wheel real bench setup constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ check: $(READY) ## Check style, types and the direction of imports
 format: $(READY) ## Format the code and repair what ruff can repair
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
+
+reference: $(READY) ## Write the tables of docs/ anew that are made of the code
+	$(BIN)/python -m docs.generate
 
 torture: $(READY) ## Kill the worker KILLS times (200), or for MINUTES, on each database, and count what was stored
 	$(PYTEST) -s -m campaign tests/torture $(ARGS)
