@@ -57,7 +57,7 @@ soak: $(READY) ## Let a worker live for MINUTES (2) under a steady load on each 
 mutants: $(READY) ## Plant one-line bugs in a copy, one after the other: each is noticed by the test it names (minutes)
 	$(PYTEST) -s -m "not real" tests/mutants $(ARGS)
 
-wheel: $(READY) ## Build the wheel, install it into an empty virtualenv, and use it there
+wheel: $(READY) ## Build sdist and wheel, install the wheel into an empty virtualenv, and use it there
 	$(PYTEST) -m campaign tests/system/test_wheel.py
 
 real: $(READY) ## Follow a real Letta server, installed for it, and kill the worker mid-run (minutes)

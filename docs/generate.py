@@ -1,4 +1,4 @@
-"""Writes the tables of the documentation that the code knows better: `make reference`; tests/test_reference.py compares.
+"""Writes the tables of docs/ that are made of the code: `make reference`. tests/test_reference.py compares.
 
 A page has a place for each, between `<!-- generated: NAME -->` and `<!-- end -->`; what is around it is by hand.
 """
