@@ -21,7 +21,7 @@ export LETTA_INGEST_MINUTES := $(MINUTES)
 export LETTA_INGEST_SEED := $(SEED)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format reference torture faults soak mutants wheel real bench setup constraints clean
+.PHONY: help demo test check format reference docs torture faults soak mutants wheel real bench setup constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,12 @@ format: $(READY) ## Format the code and repair what ruff can repair
 
 reference: $(READY) ## Write the tables of docs/ anew that are made of the code
 	$(BIN)/python -m docs.generate
+
+docs: ## Build the documentation as a site in .cache/site; a warning fails it
+	@test -x .cache/docs/bin/mkdocs || { "$(PYTHON)" -m venv .cache/docs \
+		&& .cache/docs/bin/python $(PIP_INSTALL) --constraint constraints.txt --upgrade pip \
+		&& .cache/docs/bin/python $(PIP_INSTALL) --constraint docs/constraints.txt --group docs; }
+	.cache/docs/bin/mkdocs build --strict --quiet
 
 torture: $(READY) ## Kill the worker KILLS times (200), or for MINUTES, on each database, and count what was stored
 	$(PYTEST) -s -m campaign tests/torture $(ARGS)

@@ -5,9 +5,17 @@ A page has a place for each, between `<!-- generated: NAME -->` and `<!-- end --
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
 from pathlib import Path
+from typing import Any
 
+from typer.core import TyperOption
+from typer.main import get_command
+
+from worker.cli import cli
+from worker.config import Config
 from worker.observe import EVENTS, LINES_A_MINUTE
 
 DOCS = Path(__file__).parent
@@ -24,7 +32,59 @@ def events() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"events": events}
+def commands() -> str:
+    """Every command with its options."""
+    group: Any = get_command(cli)
+    context = group.make_context("letta-ingest", [], resilient_parsing=True)
+    parts = []
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if command is None or command.hidden:
+            continue
+        lines = [f"## {name}\n", inspect.cleandoc(command.help or ""), "", "| option | meaning |", "| --- | --- |"]
+        for option in command.params:
+            if isinstance(option, TyperOption):
+                written = ", ".join(f"`{word}`" for word in option.opts)
+                value = "" if option.is_flag else f" `{(option.metavar or option.name).upper()}`"
+                default = "" if option.is_flag or option.default is None else f" (default {option.default})"
+                lines.append(f"| {written}{value} | {option.help}{default} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def configuration() -> str:
+    """Every setting with its default, from the code, and its reason, from the example."""
+    parts = []
+    reasons = reasons_of(DOCS.parent / "config.example.toml")
+    for section, field in Config.model_fields.items():
+        model: Any = field.annotation
+        lines = [f"## {section}\n", "| key | default | meaning |", "| --- | --- | --- |"]
+        for key, setting in model.model_fields.items():
+            default = setting.default.get_secret_value() if key == "url" else setting.default
+            shown = "" if default is None else f"`{json.dumps(default)}`".replace("()", "[]")
+            lines.append(f"| `{key}` | {shown} | {reasons[f'{section}.{key}']} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def reasons_of(example: Path) -> dict[str, str]:
+    """What the example says of each setting: the comment of its paragraph, below the section's heading."""
+    found: dict[str, str] = {}
+    section = ""
+    for paragraph in example.read_text().split("\n\n"):
+        prose, names = list[str](), list[str]()
+        for line in paragraph.splitlines():
+            if heading := re.fullmatch(r"\[(\w+)\]", line):
+                section, prose = heading[1], []
+            elif setting := re.match(r"(?:# )?(\w+) = ", line):
+                names.append(setting[1])
+            else:
+                prose.append(line.removeprefix("# "))
+        found |= {f"{section}.{name}": " ".join(prose).rstrip(":") for name in names}
+    return found
+
+
+TABLES = {"events": events, "commands": commands, "configuration": configuration}
 
 
 def generated(page: str) -> str:

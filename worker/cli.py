@@ -52,7 +52,9 @@ LETTA_INGEST_STORAGE__URL; LETTA_BASE_URL and LETTA_API_KEY are read as the offi
 
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="TOML file; config.example.toml lists every setting.", show_default=False),
+    typer.Option(
+        "--config", "-c", metavar="FILE", help="TOML file; config.example.toml lists every setting.", show_default=False
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
