@@ -49,7 +49,7 @@ docs: ## Build the documentation as a site in .cache/site; a warning fails it
 	@test -x .cache/docs/bin/mkdocs || { "$(PYTHON)" -m venv .cache/docs \
 		&& .cache/docs/bin/python $(PIP_INSTALL) --constraint constraints.txt --upgrade pip \
 		&& .cache/docs/bin/python $(PIP_INSTALL) --constraint docs/constraints.txt --group docs; }
-	.cache/docs/bin/mkdocs build --strict --quiet
+	.cache/docs/bin/mkdocs build --strict
 
 torture: $(READY) ## Kill the worker KILLS times (200), or for MINUTES, on each database, and count what was stored
 	$(PYTEST) -s -m campaign tests/torture $(ARGS)
