@@ -22,7 +22,7 @@ export LETTA_INGEST_MINUTES := $(MINUTES)
 export LETTA_INGEST_SEED := $(SEED)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format torture faults soak mutants wheel real bench bench-smoke setup constraints clean
+.PHONY: help demo test check format reference docs torture faults soak mutants wheel real bench bench-smoke setup constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,15 @@ format: $(READY) ## Format the code and repair what ruff can repair
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
+reference: $(READY) ## Write the tables of docs/ anew that are made of the code
+	$(BIN)/python -m docs.generate
+
+docs: ## Build the documentation as a site in .cache/site; a warning fails it
+	@test -x .cache/docs/bin/mkdocs || { "$(PYTHON)" -m venv .cache/docs \
+		&& .cache/docs/bin/python $(PIP_INSTALL) --constraint constraints.txt --upgrade pip \
+		&& .cache/docs/bin/python $(PIP_INSTALL) --constraint docs/constraints.txt --group docs; }
+	.cache/docs/bin/mkdocs build --strict
+
 torture: $(READY) ## Kill the worker KILLS times (200), or for MINUTES, on each database, and count what was stored
 	$(PYTEST) -s -m campaign tests/torture $(ARGS)
 
@@ -55,7 +64,7 @@ soak: $(READY) ## Let a worker live for MINUTES (2) under a steady load on each 
 mutants: $(READY) ## Plant one-line bugs in a copy, one after the other: each is noticed by the test it names (minutes)
 	$(PYTEST) -s -m "not real" tests/mutants $(ARGS)
 
-wheel: $(READY) ## Build the wheel, install it into an empty virtualenv, and use it there
+wheel: $(READY) ## Build sdist and wheel, install the wheel into an empty virtualenv, and use it there
 	$(PYTEST) -m campaign tests/system/test_wheel.py
 
 real: $(READY) ## Follow a real Letta server, installed for it, and kill the worker mid-run (minutes)

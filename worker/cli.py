@@ -13,7 +13,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -55,7 +55,9 @@ LETTA_INGEST_STORAGE__URL; LETTA_BASE_URL and LETTA_API_KEY are read as the offi
 
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="TOML file; config.example.toml lists every setting.", show_default=False),
+    typer.Option(
+        "--config", "-c", metavar="FILE", help="TOML file; config.example.toml lists every setting.", show_default=False
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
@@ -68,14 +70,26 @@ def main() -> None:
 @cli.callback(invoke_without_command=True)
 def root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the versions of what matters and exit.")] = False,
 ) -> None:
-    """Print the version where asked for."""
+    """Print the versions where asked for."""
     if version:
-        typer.echo(f"letta-ingest {version_of('letta-ingest')}")
+        typer.echo("\n".join(_versions()))
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+def _versions() -> Iterator[str]:
+    """What a report of a bug should name: us, and what the promise rests on."""
+    import platform
+    import sqlite3
+
+    yield f"letta-ingest {version_of('letta-ingest')}"
+    yield f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield f"SQLite {sqlite3.sqlite_version}"
+    for name in ("SQLAlchemy", "aiosqlite", "asyncpg", "httpx", "aiohttp"):
+        yield f"{name} {version_of(name)}"
 
 
 @cli.command()

@@ -4,14 +4,16 @@ Used by cli.py and app.py only; everybody else is handed values.
 """
 
 import datetime as dt
+import difflib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -30,16 +32,21 @@ MAX_PORT = 65535
 
 
 class _Section(BaseModel):
+    """A field's description says what would be right, where pydantic's own words do not help.
+
+    `repr=False`: what was found is never shown, because a secret may be in it (I10).
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Letta(_Section):
     """How to reach the Letta server, and the parameters of its streams."""
 
-    base_url: str = "http://localhost:8283"
-    api_key: SecretStr | None = None
-    api_key_file: Path | None = None
-    ca_file: Path | None = None
+    base_url: str = Field("http://localhost:8283", repr=False)
+    api_key: SecretStr | None = Field(None, repr=False)
+    api_key_file: Path | None = Field(None, repr=False, description="should be the path of a file")
+    ca_file: Path | None = Field(None, description="should be the path of a file")
     connect_timeout: float = Field(10.0, gt=0)
     read_timeout: float = Field(90.0, gt=0)
     batch_size: int = Field(1000, ge=2)
@@ -106,22 +113,25 @@ class AgentDirect(_Section):
     agent_id: str = Field(pattern="^agent-")
 
 
+_CONVERSATION = (
+    '"conv-...", or for an agent\'s own conversation "agent-..."'
+    ' or { conversation_id = "default", agent_id = "agent-..." }'
+)
+
+
 class Watch(_Section):
     """Whose runs are stored."""
 
     all: bool = False
-    conversations: tuple[str | AgentDirect, ...] = ()
-    agents: tuple[str, ...] = ()
+    conversations: tuple[str | AgentDirect, ...] = Field((), description=f"should be a list of ids: {_CONVERSATION}")
+    agents: tuple[str, ...] = Field((), description='should be a list of ids, such as ["agent-..."]')
 
     @field_validator("conversations")
     @classmethod
     def _are_conversations(cls, value: tuple[str | AgentDirect, ...]) -> tuple[str | AgentDirect, ...]:
         for entry in value:
             if isinstance(entry, str) and not entry.startswith(("conv-", "agent-")):
-                raise ValueError(
-                    f'{entry!r}: write a "conv-..." id, or for an agent\'s own conversation "agent-..."'
-                    ' or { conversation_id = "default", agent_id = "agent-..." }'
-                )
+                raise ValueError(f"{entry!r} is no such id: write {_CONVERSATION}")
         return value
 
     @field_validator("agents")
@@ -129,7 +139,7 @@ class Watch(_Section):
     def _are_agents(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for entry in value:
             if not entry.startswith("agent-"):
-                raise ValueError(f'{entry!r}: write an "agent-..." id')
+                raise ValueError(f'{entry!r} is no such id: write "agent-..."')
         return value
 
     @model_validator(mode="after")
@@ -147,7 +157,7 @@ class Watch(_Section):
 class Storage(_Section):
     """Where chunks are kept."""
 
-    url: SecretStr = SecretStr("sqlite:///letta-ingest.db")
+    url: SecretStr = Field(SecretStr("sqlite:///letta-ingest.db"), repr=False)
 
     @field_validator("url")
     @classmethod
@@ -160,7 +170,9 @@ class Discovery(_Section):
     """How runs are found."""
 
     interval: float = Field(5.0, gt=0)
-    start: Literal["earliest", "latest"] | dt.datetime = "earliest"
+    start: Literal["earliest", "latest"] | dt.datetime = Field(
+        "earliest", description='should be "earliest", "latest" or a time with its zone, such as 2026-01-31T00:00:00Z'
+    )
 
     @field_validator("start")
     @classmethod
@@ -230,7 +242,7 @@ def load(path: Path | None) -> Config:
     try:
         config = FromFile(**_official_variables())
     except ValidationError as error:
-        faults += [_fault(fault) for fault in error.errors(include_input=False, include_url=False)]
+        faults += _faults(error)
     except SettingsError as error:  # a variable that holds a list or a table and is no JSON
         faults.append(f"{error}: lists in variables are JSON, such as {PREFIX}WATCH__AGENTS='[\"agent-...\"]'")
     except ValueError as error:  # not TOML, not UTF-8
@@ -250,7 +262,9 @@ def _misspelt_variables() -> Iterator[str]:
         section, separator, _ = name.upper().removeprefix(PREFIX).partition("__")
         is_ours = name.upper().startswith(PREFIX) and (separator or section.split("_")[0] in sections)
         if is_ours and section not in sections:
-            yield f"{name} (environment): there is no such setting; write {PREFIX}SECTION__KEY"
+            near = _nearest(name.upper().removeprefix(PREFIX), [s.replace(".", "__").upper() for s in _settings()])
+            advice = f"did you mean {PREFIX}{near}?" if near else f"write {PREFIX}SECTION__KEY"
+            yield f"{name} (environment): there is no such setting; {advice}"
 
 
 def _official_variables() -> dict[str, Any]:
@@ -260,11 +274,55 @@ def _official_variables() -> dict[str, Any]:
     return {"letta": letta} if letta else {}
 
 
-def _fault(fault: Any) -> str:
-    path = ".".join(str(part) for part in fault["loc"]) or "(top level)"
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "extra_forbidden":
-        message = "there is no such setting; config.example.toml lists them all"
-    elif fault["type"] == "missing" and path == "watch":
-        message = "nothing is watched: add a [watch] section with all = true, or name conversations or agents"
-    return f"{path}: {message}"
+def _faults(error: ValidationError) -> list[str]:
+    """One line for each key, however many types it might have had; with what was found, unless it may be a secret."""
+    lines: dict[str, str] = {}
+    for fault in error.errors(include_url=False):
+        section_and_key, more = fault["loc"][:2], fault["loc"][2:3]
+        # An entry's number belongs to the path; the types that pydantic has tried do not.
+        path = ".".join(str(part) for part in (*section_and_key, *(part for part in more if isinstance(part, int))))
+        lines.setdefault(path, f"{path}: {_advice(path, fault)}")
+    return list(lines.values())
+
+
+def _advice(path: str, fault: Any) -> str:
+    """What would be right."""
+    section, _, key = path.partition(".")
+    field = _settings().get(".".join([section, key.partition(".")[0]]))
+    if fault["type"] == "missing" and path == "watch":
+        return "nothing is watched: add a [watch] section with all = true, or name conversations or agents"
+    if field is None and section in Config.model_fields and not key:
+        return _section_advice(section, fault)
+    if field is None:
+        elsewhere = [name for name in _settings() if name.endswith(f".{path}")]
+        near = _nearest(path, [*Config.model_fields, *_settings()]) or next(iter(elsewhere), None)
+        return f"there is no such setting; {f'did you mean {near}?' if near else 'config.example.toml lists them all'}"
+    return _said(fault, field.description) + _found(fault["input"], is_shown=field.repr)
+
+
+def _said(fault: Any, description: str | None) -> str:
+    if fault["type"] == "value_error":
+        return str(fault["ctx"]["error"])
+    return description or fault["msg"].replace("Input should be", "should be")
+
+
+def _found(value: Any, *, is_shown: bool) -> str:
+    return f" (found {value!r})" if is_shown and isinstance(value, str | int | float) else ""
+
+
+def _section_advice(section: str, fault: Any) -> str:
+    is_ours = fault["type"] == "value_error"
+    return str(fault["ctx"]["error"]) if is_ours else f"should be a section: write [{section}], and its settings below"
+
+
+def _settings() -> dict[str, FieldInfo]:
+    """Every setting there is, by its path."""
+    found: dict[str, FieldInfo] = {}
+    for section, field in Config.model_fields.items():
+        model: type[_Section] = field.annotation  # type: ignore[assignment]
+        found |= {f"{section}.{key}": setting for key, setting in model.model_fields.items()}
+    return found
+
+
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.75)), None)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import platform
 import signal
 import socket
+import sqlite3
 import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -192,7 +194,11 @@ async def test_version_and_help(shell: Shell) -> None:
         done = await shell.do(*words, is_configured=False, environ=environ)
         assert (done.code, done.err) == (0, ""), words
         said[" ".join(words)] = done.out
-    assert said["--version"] == f"letta-ingest {version('letta-ingest')}\n"
+    versions = dict(line.split(" ", 1) for line in said["--version"].splitlines())
+    assert versions.pop("Python").startswith(f"{platform.python_version()} on ")
+    assert versions.pop("SQLite") == sqlite3.sqlite_version
+    assert list(versions) == ["letta-ingest", "SQLAlchemy", "aiosqlite", "asyncpg", "httpx", "aiohttp"]
+    assert versions == {name: version(name) for name in versions}
     assert {"run", "migrate", "check", "status", "demo"} <= set(COMMANDS)
     assert all(name in said["--help"] for name in COMMANDS)
     assert all("Usage:" in text for words, text in said.items() if "--help" in words)

@@ -1,4 +1,6 @@
-"""The package as a user gets it: built, installed with plain pip into an empty virtualenv, run far from the checkout.
+"""The packages as a user gets them: built, installed with pip into an empty virtualenv, run far from the checkout.
+
+The wheel is built from the sdist, so what is missing in the one is missing in the other.
 
 `make wheel` and .ci/run call it. It is a campaign because it downloads every dependency.
 """
@@ -11,8 +13,10 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -40,9 +44,22 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(elsewhere: Path) -> Path:
-    """The wheel of this checkout."""
-    _run(elsewhere, sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", "dist", CHECKOUT)
+def sdist(elsewhere: Path) -> Path:
+    """The source distribution of this checkout, unpacked; made by the hook that every builder calls (PEP 517)."""
+    _run(elsewhere, sys.executable, "-m", "pip", "install", "--quiet", "--target", "builder", "hatchling")
+    hook = f"import sys; sys.path.insert(0, {str(elsewhere / 'builder')!r}); from hatchling.build import build_sdist"
+    _run(CHECKOUT, sys.executable, "-c", f"{hook}; build_sdist({str(elsewhere / 'dist')!r})")
+    (built,) = (elsewhere / "dist").glob("letta_ingest-*.tar.gz")
+    with tarfile.open(built) as archive:
+        archive.extractall(elsewhere / "source", filter="data")
+    (unpacked,) = (elsewhere / "source").iterdir()
+    return unpacked
+
+
+@pytest.fixture(scope="module")
+def wheel(elsewhere: Path, sdist: Path) -> Path:
+    """The wheel, built from the sdist."""
+    _run(elsewhere, sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", "dist", sdist)
     (built,) = (elsewhere / "dist").glob("letta_ingest-*.whl")
     return built
 
@@ -54,6 +71,16 @@ def programs(elsewhere: Path, wheel: Path) -> Path:
     programs = elsewhere / "venv" / "bin"
     _run(elsewhere, programs / "python", "-m", "pip", "install", "--quiet", wheel)
     return programs
+
+
+def test_sdist_holds_what_is_needed_to_work_on_it(sdist: Path) -> None:
+    """The sdist holds every file that is kept in git, the hidden ones aside, and its tests run from there."""
+    kept = set(_run(CHECKOUT, "git", "ls-files").splitlines())
+    missing = {name for name in kept if not name.startswith(".") and not (sdist / name).exists()}
+    assert missing == set()
+    assert (sdist / "PKG-INFO").exists()
+    chosen = ("tests/test_config.py", "tests/test_reference.py", "tests/core/test_sse.py")
+    assert " passed" in _run(sdist, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen)
 
 
 def test_wheel_holds_the_package_only(wheel: Path) -> None:
@@ -74,6 +101,20 @@ def test_installed_command_prints_its_unit(elsewhere: Path, programs: Path) -> N
     """The installed `letta-ingest service-unit` prints the unit from inside the wheel, with its own path."""
     said = _run(elsewhere, programs / "letta-ingest", "service-unit")
     assert f"ExecStart={programs}/letta-ingest run --config /etc/letta-ingest/config.toml" in said
+
+
+def test_installed_command_says_its_versions(elsewhere: Path, programs: Path) -> None:
+    """The installed `letta-ingest --version` names the version of the package that was built."""
+    said = _run(elsewhere, programs / "letta-ingest", "--version").splitlines()
+    assert said[0] == f"letta-ingest {version('letta-ingest')}"
+
+
+def test_installed_package_is_typed(elsewhere: Path, programs: Path) -> None:
+    """A type checker takes the types of the installed package for what they are."""
+    (elsewhere / "user.py").write_text("from worker.core.sse import SseDecoder\n\nSseDecoder(max_event_bytes='no')\n")
+    checker = (sys.executable, "-m", "mypy", "--python-executable", str(programs / "python"), "user.py")
+    with pytest.raises(AssertionError, match=r'"SseDecoder" has incompatible type "str"; expected "int"'):
+        _run(elsewhere, *checker)
 
 
 def test_installed_command_migrates(elsewhere: Path, programs: Path) -> None:

@@ -49,6 +49,8 @@ async def current_revision(engine: AsyncEngine) -> str | None:
     try:
         async with engine.execution_options(reads_only=True).connect() as connection:
             return await connection.run_sync(lambda c: MigrationContext.configure(c).get_current_revision())
+    except RefusedError:
+        raise
     except Exception as error:
         if is_refusal(error):
             raise RefusedError(f"the database refuses us: {describe(error)}") from error
