@@ -28,6 +28,7 @@ STREAMED_TYPES = frozenset(
 )
 """What is both streamed and stored; prompts are only stored, pings and statistics only streamed."""
 MAX_DIFFERENCES = 10
+CHARS_DIGESTED_AT_ONCE = 4096
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -164,11 +165,11 @@ class _Parts:
     def joined(self) -> Message:
         return msgspec.structs.replace(
             self._message,
-            text="".join(self._text.parts),
-            text_digest=self._text.digest(),
+            text=self._text.text,
+            text_digest=self._text.digest,
             tool_name="".join(self._names),
-            tool_arguments="".join(self._arguments.parts),
-            tool_arguments_digest=self._arguments.digest(),
+            tool_arguments=self._arguments.text,
+            tool_arguments_digest=self._arguments.digest,
         )
 
 
@@ -176,19 +177,35 @@ class _Said:
     """A text that comes in parts."""
 
     def __init__(self, *, keeps_texts: bool) -> None:
-        self.parts: list[str] = []
-        self._keeps_texts = keeps_texts
+        self._kept: list[str] | None = [] if keeps_texts else None
+        self._undigested: list[str] = []
+        self._undigested_chars = 0
         self._hash = hashlib.sha256()
 
     def add(self, part: str) -> None:
-        if self._keeps_texts:
-            self.parts.append(part)
+        if self._kept is not None:
+            self._kept.append(part)
+        self._undigested.append(part)
+        self._undigested_chars += len(part)
+        if self._undigested_chars >= CHARS_DIGESTED_AT_ONCE:
+            self._digest()
+
+    @property
+    def text(self) -> str:
+        return "".join(self._kept or ())
+
+    @property
+    def digest(self) -> str:
+        self._digest()
+        return self._hash.hexdigest()
+
+    def _digest(self) -> None:
         # The server drops U+0000 when it stores (letta-protocol f). In UTF-16 it does not matter whether a character
         # comes whole or in two halves.
-        self._hash.update(part.replace("\x00", "").encode("utf-16-le", "surrogatepass"))
-
-    def digest(self) -> str:
-        return self._hash.hexdigest()
+        said = "".join(self._undigested).replace("\x00", "")
+        self._hash.update(said.encode("utf-16-le", "surrogatepass"))
+        self._undigested.clear()
+        self._undigested_chars = 0
 
 
 def _message_of(record: MessageRecord) -> Message | None:
