@@ -185,5 +185,5 @@ def _outage_refuses() -> Iterator[None]:
         yield
     except Exception as error:
         if is_outage(error):
-            raise RefusedError(f"the database cannot be reached: {describe(error)}") from error
+            raise RefusedError(f"the database (storage.url) cannot be reached: {describe(error)}") from error
         raise

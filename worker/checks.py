@@ -49,9 +49,9 @@ async def _check_server(config: Config, letta: LettaClient) -> AsyncIterator[Che
     try:
         version = await letta.server_version()
     except WorkerError as error:
-        yield Check(
-            "server", is_ok=False, text=f"{url} does not answer as a Letta server does: {error}", is_refusal=True
-        )
+        is_away = isinstance(error, TroubleError) and error.is_outage
+        trouble = "cannot be reached" if is_away else "does not answer as a Letta server does"
+        yield Check("server", is_ok=False, text=f"{url} (letta.base_url) {trouble}: {error}", is_refusal=True)
         return
     note = "" if version == MEASURED_VERSION else f" (this worker was measured against {MEASURED_VERSION})"
     yield Check("server", is_ok=True, text=f"Letta {version} at {url}{note}")
@@ -106,5 +106,7 @@ async def _check_database(engine: AsyncEngine) -> Check:
     except Exception as error:
         if not is_outage(error):
             raise
-        return Check("database", is_ok=False, text=f"{where} cannot be reached: {describe(error)}", is_refusal=True)
+        return Check(
+            "database", is_ok=False, text=f"{where} (storage.url) cannot be reached: {describe(error)}", is_refusal=True
+        )
     return Check("database", is_ok=True, text=f"{where} is reachable and its schema is current")

@@ -208,7 +208,8 @@ def verify(
 async def _verified(settings: Config, *, with_server: bool) -> Report:
     from worker.verify import verify as verify_store
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("verifying runs", total=None)
         return await verify_store(
             settings,

@@ -152,5 +152,5 @@ async def test_what_a_refusing_server_says(shell: Shell, command: str) -> None:
 
     assert done.code == 3
     assert_harmless(done.out + done.err)
-    said = next(line for line in (done.out + done.err).splitlines() if "401" in line)
+    said = next(line for line in (done.out + done.err).splitlines() if "HTTP 401" in line)
     assert r"\x1b[2J \x9b1mletta-ingest: all is well\x202e[/]" in said
