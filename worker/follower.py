@@ -367,12 +367,12 @@ class Follower:
 
     async def _settle(self, missing: str | None) -> str:
         """Store what REST has of the run and how it compares; where the stream is gone for good, what is missing."""
+        await self._committed()  # before anything is fetched: else what is fetched would pile up behind a slow database
         found = await backfill.fetch(
             self._with.letta, self._record, self._with.patience, self._report_trouble, is_over=missing is None
         )
         self._record = found.record
         self._with.metrics.backfills.labels("failed" if found.missing else "fetched").inc()
-        await self._committed()
         if missing is not None:
             await self._close(missing, state_without_log="backfilled" if found.messages else "unavailable")
         state = await self._final_state()
