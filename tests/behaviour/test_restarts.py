@@ -39,7 +39,9 @@ async def test_killed_and_started_otherwise(letta: LettaUnderTest) -> None:
     """A killed server breaks its readers off and orphans its runs; it comes back with a password and without Redis."""
     orphan = await letta.start(Script(words=2, holds_after=1))
     finished = await letta.start(Script(words=1))
-    reading = asyncio.create_task(read_until_broken(letta, orphan))
+    began = asyncio.Event()
+    reading = asyncio.create_task(read_until_broken(letta, orphan, began))
+    await asyncio.wait_for(began.wait(), 30)
     await asyncio.sleep(letta.silence)
     await letta.restart(password=PASSWORD, has_redis=False)
     assert (await reading).endswith("\n\n")
@@ -60,14 +62,15 @@ def plain_client(letta: LettaUnderTest, **headers: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=letta.url, headers=headers, timeout=30, trust_env=False)
 
 
-async def read_until_broken(letta: LettaUnderTest, run: Run) -> str:
-    """Read a stream until the server dies."""
+async def read_until_broken(letta: LettaUnderTest, run: Run, began: asyncio.Event) -> str:
+    """Read a stream until the server dies; say when its first bytes have come."""
     arrived = ""
     async with plain_client(letta) as client:
         with pytest.raises(httpx.TransportError):  # noqa: PT012 - it breaks while being read
             async with client.stream("POST", run.stream, json={}) as answer:
                 async for text in answer.aiter_text():
                     arrived += text
+                    began.set()
     return arrived
 
 

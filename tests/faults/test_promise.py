@@ -7,6 +7,7 @@ that on PostgreSQL, and tells how often what happened. What the machine can do i
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import os
 from typing import TYPE_CHECKING, Any
@@ -142,6 +143,15 @@ def kill_storing(machine: Promise, moment: str) -> None:
             break
 
 
+def strike(machine: Promise, fault: Fault) -> None:
+    """Have streams asked for again until an answer has gone wrong, which takes one that brings something."""
+    for _ in range(10):
+        do(machine, machine.kill, worker=0, seconds=0.0, again=True)
+        do(machine, machine.say, which=-1, count=1)
+        if fault.fired:
+            break
+
+
 def tour(machine: Promise) -> None:
     """Each rule at least once, where it has something to do."""
     then = functools.partial(do, machine)
@@ -161,9 +171,9 @@ def tour(machine: Promise) -> None:
     then(machine.repeat, which=-1, length=3)
     for trouble in TROUBLES:
         then(machine.restart, trouble=trouble)
-    for fault in BROKEN_ANSWERS:
+    for fault in copy.deepcopy(BROKEN_ANSWERS):
         machine.break_off(fault=fault)
-        then(machine.kill, worker=0, seconds=0.0, again=True)
+        strike(machine, fault)
     unseen(machine.lose)
     then(machine.send_late, which=-1)
     unseen(machine.lose, machine.give_back)
