@@ -143,11 +143,13 @@ def kill_storing(machine: Promise, moment: str) -> None:
             break
 
 
-def strike(machine: Promise, fault: Fault) -> None:
-    """Have streams asked for again until an answer has gone wrong, which takes one that brings something."""
+def strike(machine: Promise, kind: Fault) -> None:
+    """Let answers go wrong until one has: the worker that asked may be killed first, or have nothing to read."""
     for _ in range(10):
+        fault = copy.deepcopy(kind)
+        machine.break_off(fault=fault)
         do(machine, machine.kill, worker=0, seconds=0.0, again=True)
-        do(machine, machine.say, which=-1, count=1)
+        do(machine, machine.say, which=-1, count=3)
         if fault.fired:
             break
 
@@ -171,8 +173,7 @@ def tour(machine: Promise) -> None:
     then(machine.repeat, which=-1, length=3)
     for trouble in TROUBLES:
         then(machine.restart, trouble=trouble)
-    for fault in copy.deepcopy(BROKEN_ANSWERS):
-        machine.break_off(fault=fault)
+    for fault in BROKEN_ANSWERS:
         strike(machine, fault)
     unseen(machine.lose)
     then(machine.send_late, which=-1)
