@@ -86,7 +86,7 @@ async def test_page_is_what_happens(letta: FakeLetta, sqlite_url: str, tmp_path:
             event = await heard(events, followed_at(run))
             assert (event["state"], event["reasons"], event["logged"]) == ("ready", [], [])
             assert (figure(event, "Streams open"), figure(event, "Open gaps")) == ("1", "0")
-            assert figure(event, "Nearest expiry") == "in 2 h"
+            assert figure(event, "Nearest expiry") == "in 2 h 59 min"
             assert event["followed"][0][1] == {"text": run.conversation_id, "href": "", "tone": ""}
             at = event["at"]
             run.say("and more")

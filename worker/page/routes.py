@@ -51,7 +51,7 @@ class Page:
                 web.get("/", guarded(self._status)),
                 web.get("/events", guarded(self._events)),
                 web.get("/conversations", private(self._find)),
-                web.get("/conversations/{id}", private(self._conversation)),
+                web.get("/conversations/{id:[^/]+}", private(self._conversation)),
             ]
         )
         app.on_shutdown.append(self._close)

@@ -210,10 +210,13 @@ def _cut(text: str, is_cut: bool) -> str:  # noqa: FBT001
 def duration(seconds: float) -> str:
     """Seconds as a person says it; what is past has none left."""
     seconds = max(0.0, seconds)
-    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{math.floor(seconds / size)} {unit}"
-    return f"{math.floor(seconds)} s"
+    if seconds < 120:  # noqa: PLR2004
+        return f"{math.floor(seconds)} s"
+    hours, minutes = divmod(math.floor(seconds / 60), 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def amount(count: float) -> str:
