@@ -73,7 +73,7 @@ def cursor_is(run: FakeRun) -> str:
 async def test_live(shell: Shell, run: FakeRun) -> None:
     """What a run says and how it ends is seen without a reload, on a wide screen in light; the policy holds nothing up."""
     async with browsing() as browser:
-        await browser.show(f"http://{shell.listen}/", width=1100, height=900, dark=False)
+        await browser.show(f"http://{shell.listen}/", width=1100, height=960, dark=False)
         await browser.until(f"{cursor_is(run)} && document.getElementById('live').textContent === 'live'")
         assert await browser.value(FITS)
         assert await browser.value(BACKGROUND) == "rgb(251, 251, 250)"
@@ -90,7 +90,7 @@ async def test_live(shell: Shell, run: FakeRun) -> None:
 async def test_trouble_on_a_phone(shell: Shell, run: FakeRun, letta: FakeLetta) -> None:
     """On a phone in the dark nothing is wider than the screen, and a server that goes away is seen as it does."""
     async with browsing() as browser:
-        await browser.show(f"http://{shell.listen}/", width=390, height=844, dark=True)
+        await browser.show(f"http://{shell.listen}/", width=390, height=1160, dark=True)
         await browser.until(f"{cursor_is(run)} && document.getElementById('live').textContent === 'live'")
         assert await browser.value("document.title") == "ready - letta-ingest"
         assert await browser.value(BACKGROUND) == "rgb(20, 23, 26)"
@@ -109,7 +109,7 @@ async def test_trouble_on_a_phone(shell: Shell, run: FakeRun, letta: FakeLetta) 
 async def test_worker_dies(shell: Shell, run: FakeRun) -> None:
     """A page whose worker says nothing any more does not go on looking well."""
     async with browsing() as browser:
-        await browser.show(f"http://{shell.listen}/", width=1100, height=900, dark=False)
+        await browser.show(f"http://{shell.listen}/", width=1100, height=960, dark=False)
         await browser.until("document.getElementById('live').textContent === 'live'")
         await browser.value("heardAt = Date.now() - STALE_AFTER; events.close()")
         await browser.until("document.getElementById('live').textContent.startsWith('the worker has said nothing')")

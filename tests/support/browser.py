@@ -54,6 +54,7 @@ class Browser:
         await self.do("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         await self.do("Emulation.setEmulatedMedia", features=[scheme])
+        await self.do("Emulation.setScrollbarsHidden", hidden=True)
         await self.do("Emulation.setScriptExecutionDisabled", value=not script)
         await self.do("Page.navigate", url=url)
 
