@@ -10,7 +10,9 @@
     checks.py  status.py  verify.py    what the commands of these names look at
     places.py       the few open streams the server can bear, shared fairly
     census.py       how many runs are in each state, counted seldom
+    seldom.py       asking for what is dear, seldom
     monitor.py      /healthz /readyz /metrics: what the outside may know
+    page/           the status page, and transcripts where they are shown
     patience.py     every wait, with its reason
     systemd.py      telling systemd how the service is
     unit.py         the systemd unit of this installation

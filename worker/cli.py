@@ -109,11 +109,12 @@ def run(
     settings = _load(config_path)
     # On a terminal SIGHUP means that the terminal is gone, and ends it as it ends every program.
     reread = None if os.isatty(0) else functools.partial(config.load, config_path)
-    log = observe.set_up_logging(settings.log.level, settings.log.format)
+    troubles = observe.Troubles()
+    log = observe.set_up_logging(settings.log.level, settings.log.format, troubles)
     # A chunk is a handful of objects that live until their commit: looking for garbage among them every 700 objects, as
     # Python does, takes a tenth of the time.
     gc.set_threshold(10_000)
-    _do(app.run(settings, log, once=once, reread=reread))
+    _do(app.run(settings, log, once=once, reread=reread, troubles=troubles))
 
 
 @cli.command()

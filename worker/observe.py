@@ -4,15 +4,18 @@ A log line is one event with fields, never a sentence; what each means to an ope
 """
 
 import asyncio
+import datetime as dt
 import logging
 import os
 import platform
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal, NamedTuple, Protocol, TextIO, TypeVar, get_args
 
+import msgspec
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 
@@ -118,6 +121,11 @@ LINES_A_MINUTE = 20
 """So many lines of one repeated event and level are logged in a minute; a thousand runs that lose their server at the
 same moment would hide every other line."""
 
+KEPT_TROUBLES = 20
+KEPT_CHARS = 500
+"""Of each field."""
+_NOT_TOLD = {"event", "exc_info"}
+
 
 class Log(Protocol):
     """A bound structlog logger that only knows the events above."""
@@ -129,7 +137,34 @@ class Log(Protocol):
     def bind(self, **fields: Any) -> "Log": ...  # noqa: D102
 
 
-def set_up_logging(level: str, log_format: Literal["json", "console"]) -> Log:
+class Trouble(msgspec.Struct, frozen=True):
+    """A warning or an error, as it was logged."""
+
+    at: dt.datetime
+    level: str
+    event: str
+    fields: dict[str, str]
+
+
+class Troubles:
+    """A structlog processor that keeps the last warnings and errors in memory, whatever level is written."""
+
+    def __init__(self) -> None:
+        self._kept: deque[Trouble] = deque(maxlen=KEPT_TROUBLES)
+
+    def __call__(self, _: Any, method: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        """Keep it, if it is one; pass everything on."""
+        if _rank(method) >= logging.WARNING:
+            told = {name: str(value)[:KEPT_CHARS] for name, value in fields.items() if name not in _NOT_TOLD}
+            self._kept.append(Trouble(dt.datetime.now(dt.UTC), method, fields["event"], told))
+        return fields
+
+    def newest(self) -> list[Trouble]:
+        """What is kept, newest first."""
+        return list(reversed(self._kept))
+
+
+def set_up_logging(level: str, log_format: Literal["json", "console"], troubles: Troubles | None = None) -> Log:
     """Configure structlog to write to stderr and return the root logger; stdout belongs to the commands."""
     renderers: list[Any] = [structlog.processors.JSONRenderer()]  # it writes ASCII, and spells out all else
     if log_format == "console":
@@ -142,6 +177,7 @@ def set_up_logging(level: str, log_format: Literal["json", "console"]) -> Log:
         renderers.append(_with_priority)
     structlog.configure(
         processors=[
+            *([troubles] if troubles is not None else []),
             _Threshold(level),
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
