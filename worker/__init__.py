@@ -16,7 +16,7 @@
     patience.py     every wait, with its reason
     systemd.py      telling systemd how the service is
     unit.py         the systemd unit of this installation
-    config.py  errors.py  observe.py    leaves everybody outside core/ may use
+    config.py  errors.py  logs.py  metrics.py    leaves everybody outside core/ may use
     core/           pure: values in, values out
     letta/          edge: HTTP; speaks Chunk outward
     storage/        edge: SQL; speaks Chunk and cursor outward

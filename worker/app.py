@@ -18,8 +18,9 @@ from worker.discovery import Discovery, Watch, watch_of
 from worker.errors import ConfigError, RefusedError
 from worker.follower import Equipment
 from worker.letta.client import LettaClient, StreamOptions
+from worker.logs import Log, Troubles, shown
+from worker.metrics import Metrics
 from worker.monitor import Health, Monitor
-from worker.observe import Log, Metrics, Troubles, shown
 from worker.page.access import Access
 from worker.page.routes import Page
 from worker.page.snapshot import Snapshots

@@ -6,7 +6,7 @@ The count reads every run.
 import contextlib
 
 from worker.errors import RefusedError
-from worker.observe import Metrics
+from worker.metrics import Metrics
 from worker.seldom import Seldom
 from worker.storage.reads import Reads
 

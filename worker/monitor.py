@@ -13,7 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from worker.census import Census
 from worker.errors import RefusedError
-from worker.observe import Metrics
+from worker.metrics import Metrics
 from worker.storage.committer import Committer
 from worker.storage.reads import Reads
 

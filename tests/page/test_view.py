@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 import structlog
 
-from worker.observe import KEPT_CHARS, KEPT_TROUBLES, Metrics, Troubles, set_up_logging
+from worker.logs import KEPT_CHARS, KEPT_TROUBLES, Troubles, set_up_logging
+from worker.metrics import Metrics
 from worker.page.snapshot import bound, figures
 from worker.page.view import amount, duration, name, words
 

@@ -11,8 +11,8 @@ import httpx
 
 from tests.support.shell import CONFIG, Shell, free_address
 from worker.census import Census
+from worker.logs import Troubles
 from worker.monitor import Health, Monitor
-from worker.observe import Troubles
 from worker.page.access import Access
 from worker.page.routes import Page
 from worker.page.snapshot import Snapshots

@@ -10,7 +10,7 @@ import msgspec
 from aiohttp import web
 
 from worker.errors import RefusedError
-from worker.observe import shown
+from worker.logs import shown
 from worker.page.access import Access
 from worker.page.html import POLICY, status_page, transcript_page
 from worker.page.snapshot import TICK_SECONDS, Snapshots

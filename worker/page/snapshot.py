@@ -8,8 +8,9 @@ from typing import get_args
 import msgspec
 
 from worker.errors import RefusedError
+from worker.logs import Trouble, Troubles
+from worker.metrics import PREFIX, FollowerState, Metrics
 from worker.monitor import ANSWER_SECONDS, Health
-from worker.observe import PREFIX, FollowerState, Metrics, Trouble, Troubles
 from worker.seldom import Seldom
 from worker.status import Status, read_status
 from worker.storage.reads import Reads

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from worker.observe import Trouble, shown
+from worker.logs import Trouble, shown
 from worker.page.snapshot import Snapshot
 from worker.status import SHOWN_RUNS, FollowedRun
 from worker.storage.tables import UNFINISHED_STATES
