@@ -71,7 +71,7 @@ def cursor_is(run: FakeRun) -> str:
 
 
 async def test_live(shell: Shell, run: FakeRun) -> None:
-    """What a run says and how it ends is seen without a reload, on a wide screen in light; the policy holds nothing up."""
+    """What a run says and how it ends is seen without a reload, wide and light, with no complaint of the browser's."""
     async with browsing() as browser:
         await browser.show(f"http://{shell.listen}/", width=1100, height=960, dark=False)
         await browser.until(f"{cursor_is(run)} && document.getElementById('live').textContent === 'live'")

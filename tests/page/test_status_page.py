@@ -224,7 +224,7 @@ async def test_listeners_are_bounded(letta: FakeLetta, sqlite_url: str, monkeypa
                 assert (refused.status_code, refused.text) == (503, "3 pages are live already.\n")
                 assert (await client.get("/")).status_code == 200
             async with asyncio.timeout(5):
-                while (await client.head("/events")).status_code != 200 or not await admitted(client):
+                while not await admitted(client):  # noqa: ASYNC110 - the server finds out at its next tick
                     await asyncio.sleep(0.05)
             began = asyncio.get_running_loop().time()
         assert asyncio.get_running_loop().time() - began < 0.9, "it waited for its listeners"
