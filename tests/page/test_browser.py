@@ -5,12 +5,15 @@ With LETTA_INGEST_PICTURES=1 in the environment, docs/status-page.md gets its pi
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.faults.hostile import StrangeRuns
+from tests.page.test_status_page import HTML_TRICKS
 from tests.support.browser import PROGRAM, browsing
 from tests.support.pages import talk, watching
 from tests.support.shell import SECRET
@@ -71,7 +74,7 @@ def cursor_is(run: FakeRun) -> str:
 
 
 async def test_live(shell: Shell, run: FakeRun) -> None:
-    """What a run says and how it ends is seen without a reload, on a wide screen in light; the policy holds nothing up."""
+    """What a run says and how it ends is seen without a reload, wide and light, with no complaint of the browser's."""
     async with browsing() as browser:
         await browser.show(f"http://{shell.listen}/", width=1100, height=960, dark=False)
         await browser.until(f"{cursor_is(run)} && document.getElementById('live').textContent === 'live'")
@@ -103,6 +106,36 @@ async def test_trouble_on_a_phone(shell: Shell, run: FakeRun, letta: FakeLetta) 
         assert await browser.value("document.title") == "degraded - letta-ingest"
         assert await browser.value("document.getElementById('reasons').textContent.startsWith('letta: ')")
         assert await browser.value(FITS)
+        assert browser.complaints == []
+
+
+async def test_tricks_stay_text(letta: FakeLetta, run: FakeRun, shell: Shell) -> None:
+    """I6: what the page's script is sent of a hostile server is text to a real browser, too."""
+    fault = StrangeRuns()
+    for number, trick in enumerate(HTML_TRICKS):
+        strange = letta.new_run(f"conv-{trick}", f"agent-{trick}")
+        fault.add(letta, strange, f"run-{number}-{trick}")
+    async with browsing() as browser:
+        await browser.show(f"http://{shell.listen}/", width=1100, height=960, dark=False)
+        await browser.until(f"{cursor_is(run)} && document.getElementById('live').textContent === 'live'")
+        letta.faults.append(fault)
+        letta.runs.update(fault.runs)
+        await browser.until(f"document.getElementById('followed').children.length === {len(HTML_TRICKS) + 1}")
+        assert (
+            await browser.value(
+                "document.querySelectorAll('#followed :not(tr, td, a), #newest :not(tr, td, a)').length"
+            )
+            == 0
+        )
+        assert (
+            await browser.value("document.querySelectorAll('[onerror], [onmouseover], [href^=javascript]').length") == 0
+        )
+        for number, trick in enumerate(HTML_TRICKS):
+            name = json.dumps(f"run-{number}-{trick}")
+            assert await browser.value(
+                f"[...document.querySelectorAll('#followed td')].some((td) => td.textContent === {name})"
+            )
+        assert await browser.value("document.title") == "ready - letta-ingest"
         assert browser.complaints == []
 
 

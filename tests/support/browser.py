@@ -66,7 +66,7 @@ class Browser:
     async def until(self, expression: str, seconds: float = 15.0) -> Self:
         """Wait until a JavaScript expression is true."""
         async with asyncio.timeout(seconds):
-            while not await self.value(expression):
+            while not await self.value(expression):  # noqa: ASYNC110 - it happens in another process
                 await asyncio.sleep(0.05)
         return self
 
@@ -102,7 +102,12 @@ async def browsing() -> AsyncIterator[Browser]:
 
 
 async def _port(file: Path) -> int:
+    """Where the browser listens; it writes the file when it does."""
     async with asyncio.timeout(30):
-        while not (file.exists() and file.read_text().count("\n")):  # noqa: ASYNC110 - it happens in another process
+        while not (lines := _lines(file)):  # noqa: ASYNC110 - it happens in another process
             await asyncio.sleep(0.05)
-    return int(file.read_text().splitlines()[0])
+    return int(lines[0])
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.exists() else []

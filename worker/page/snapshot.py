@@ -34,7 +34,7 @@ class Figures(msgspec.Struct, frozen=True):
     waiting_chunks: int
     waiting_bytes: int
     lag_half: float | None
-    """Half of the chunks were committed sooner after their receipt than this, at most; None: there were none."""
+    """Half of what was handed over was committed so soon after its receipt, at most; None: there was nothing."""
     lag_most: float | None
     """The same for 99 of 100."""
     commit_at: float | None

@@ -98,7 +98,11 @@ def _figures(snapshot: Snapshot) -> list[Figure]:
         Figure(
             "Streams open", f"{streams}", ", ".join(others) or ("all followed" if followers else "nothing to follow")
         ),
-        Figure("Lag", _lag(own.lag_half), f"99 of 100 within {_lag(own.lag_most)}; receipt to commit, since the start"),
+        Figure(
+            "Lag",
+            _lag(own.lag_half),
+            f"or less for half, {_lag(own.lag_most)} for 99 of 100: receipt to commit, since the start",
+        ),
         Figure("Waiting for commit", f"{own.waiting_chunks}", f"chunks, {amount(own.waiting_bytes)}"),
         Figure("Last commit", committed, f"{own.chunks:,} chunks stored since the start"),
         Figure("Runs last listed", listed, "", "" if own.discovery_at is not None else "warn"),
