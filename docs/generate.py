@@ -16,7 +16,7 @@ from typer.main import get_command
 
 from worker.cli import cli
 from worker.config import Config
-from worker.observe import EVENTS, LINES_A_MINUTE
+from worker.logs import EVENTS, LINES_A_MINUTE
 
 DOCS = Path(__file__).parent
 PLACE = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -65,7 +65,14 @@ def test_example_names_every_setting() -> None:
 def test_example_is_all_toml() -> None:
     """What the example shows in comments can be taken out of them as it stands."""
     shown = "\n".join(re.findall(r"^# (\w+ = .*)$", EXAMPLE.read_text(), flags=re.MULTILINE))
-    assert tomllib.loads(shown).keys() == {"api_key", "api_key_file", "ca_file", "conversations"}
+    assert tomllib.loads(shown).keys() == {
+        "api_key",
+        "api_key_file",
+        "ca_file",
+        "conversations",
+        "page_token",
+        "page_token_file",
+    }
 
 
 def test_all_faults_at_once(written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +153,12 @@ def test_all_faults_at_once(written: Callable[..., Path], monkeypatch: pytest.Mo
         ("letta = 7", "letta: should be a section: write [letta]"),
         (f"api_key = '{SECRET}'", "api_key: there is no such setting; did you mean letta.api_key?"),
         (f"[letta]\napi_key = ['{SECRET}']", "letta.api_key: should be a valid string"),
+        ("[service]\npage_token = 'short'", "service.page_token: write at least 16"),
+        (f"[service]\npage_token = '{SECRET}é'", "service.page_token: write at least 16"),
+        (f"[service]\npage_token = '{SECRET}'\npage_token_file = 'x'", "service: set page_token or page_token_file"),
+        ("[service]\nlisten = '0.0.0.0:1'\ntranscripts = true", "service: transcripts = true shows what was said"),
+        ("[service]\nlisten = '[::]:1'\ntranscripts = true", "service: transcripts = true shows what was said"),
+        ("[service]\nlisten = 'host:1'\ntranscripts = true", "service: transcripts = true shows what was said"),
         (f"[letta]\napi_key = {SECRET}", "is not TOML"),
         (f"[letta]\napi_key = '{SECRET}", "is not TOML"),
     ],
@@ -271,6 +284,38 @@ def test_key_from_systemd(written: Callable[..., Path], tmp_path: Path, monkeypa
     assert key is not None
     assert key.get_secret_value() == SECRET
     assert base_of(written('[letta]\napi_key = "file"\n'))[1] == "file"
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:1", "127.8.8.8:1", "[::1]:1", "localhost:1"])
+def test_transcripts_on_loopback(written: Callable[..., Path], listen: str) -> None:
+    """Transcripts on loopback need no token; the same address without transcripts needs none anywhere."""
+    assert load(written(f'[service]\nlisten = "{listen}"\ntranscripts = true\n')).service.read_page_token() is None
+    assert not load(written('[service]\nlisten = "0.0.0.0:1"\n')).service.transcripts
+
+
+def test_transcripts_elsewhere(written: Callable[..., Path], tmp_path: Path) -> None:
+    """Transcripts on another address are taken with a token, which is in no representation (I10)."""
+    (tmp_path / "key").write_text(f"{SECRET}\n")
+    elsewhere = '[service]\nlisten = "0.0.0.0:1"\ntranscripts = true\n'
+    for token in (f'page_token = "{SECRET}"\n', f'page_token_file = "{tmp_path}/key"\n'):
+        service = load(written(elsewhere + token)).service
+        read = service.read_page_token()
+        assert read is not None
+        assert read.get_secret_value() == SECRET
+        assert SECRET not in repr(service) + str(service.model_dump())
+
+
+@pytest.mark.parametrize("content", [None, b"", b"short\n", f"{SECRET}\n{SECRET}".encode(), b"\xff" + SECRET.encode()])
+def test_token_file_of_no_use(written: Callable[..., Path], tmp_path: Path, content: bytes | None) -> None:
+    """A token's file that is missing, empty or holds no token is named, and its content is not (I10)."""
+    if content is not None:
+        (tmp_path / "key").write_bytes(content)
+    service = load(written(f'[service]\npage_token_file = "{tmp_path}/key"\n')).service
+
+    with pytest.raises(ConfigError, match=r"service\.page_token_file: cannot use .*/key") as raised:
+        service.read_page_token()
+
+    assert SECRET not in str(raised.value)
 
 
 def test_watch(written: Callable[..., Path]) -> None:

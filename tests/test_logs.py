@@ -16,7 +16,7 @@ from tests.support.lives import until
 from tests.support.shell import SECRET, Shell
 from worker.demo.fake_faults import Answer
 from worker.demo.fake_letta import FakeLetta
-from worker.observe import EVENTS, LINES_A_MINUTE, LogEvent, Repeats, set_up_logging
+from worker.logs import EVENTS, LINES_A_MINUTE, LogEvent, Repeats, set_up_logging
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tests.support.promlint import faults_of
-from worker.observe import FinalState, Metrics
+from worker.metrics import FinalState, Metrics
 from worker.storage.tables import STATES, UNFINISHED_STATES
 
 if TYPE_CHECKING:

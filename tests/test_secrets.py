@@ -25,7 +25,7 @@ from tests.support.shell import SECRET, Shell
 from worker.config import Config
 from worker.demo.fake_faults import Answer
 from worker.demo.fake_letta import FakeLetta
-from worker.observe import set_up_logging
+from worker.logs import set_up_logging
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -10,11 +10,13 @@
     checks.py  status.py  verify.py    what the commands of these names look at
     places.py       the few open streams the server can bear, shared fairly
     census.py       how many runs are in each state, counted seldom
+    seldom.py       asking for what is dear, seldom
     monitor.py      /healthz /readyz /metrics: what the outside may know
+    page/           the status page, and transcripts where they are shown
     patience.py     every wait, with its reason
     systemd.py      telling systemd how the service is
     unit.py         the systemd unit of this installation
-    config.py  errors.py  observe.py    leaves everybody outside core/ may use
+    config.py  errors.py  logs.py  metrics.py    leaves everybody outside core/ may use
     core/           pure: values in, values out
     letta/          edge: HTTP; speaks Chunk outward
     storage/        edge: SQL; speaks Chunk and cursor outward

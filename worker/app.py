@@ -18,8 +18,12 @@ from worker.discovery import Discovery, Watch, watch_of
 from worker.errors import ConfigError, RefusedError
 from worker.follower import Equipment
 from worker.letta.client import LettaClient, StreamOptions
+from worker.logs import Log, Troubles, shown
+from worker.metrics import Metrics
 from worker.monitor import Health, Monitor
-from worker.observe import Log, Metrics, shown
+from worker.page.access import Access
+from worker.page.routes import Page
+from worker.page.snapshot import Snapshots
 from worker.patience import Patience
 from worker.reload import Reload
 from worker.service import Service
@@ -27,6 +31,7 @@ from worker.storage import schema
 from worker.storage.committer import Committer
 from worker.storage.engine import create_engine, describe, is_outage, is_sqlite, outage_retries
 from worker.storage.reads import Reads
+from worker.storage.transcripts import Transcripts
 
 GOODBYE_SECONDS = 5.0
 
@@ -38,12 +43,16 @@ async def run(
     once: bool,
     patience: Patience | None = None,
     reread: Callable[[], Config] | None = None,
+    troubles: Troubles | None = None,
 ) -> None:
     """Run the service until a signal, or once; with `reread`, SIGHUP brings it to the configuration that this gives.
+
+    `troubles` is what the log keeps for the status page.
 
     Raises RefusedError, ConfigError or InvariantError.
     """
     metrics = Metrics()
+    access = Access(config.service.transcripts, config.service.is_loopback, config.service.read_page_token())
     async with open_database(config) as engine, open_letta(config, metrics) as letta:
         starting = asyncio.current_task()
         if starting is not None:  # to a container's first process SIGTERM does nothing unless it is handled
@@ -66,8 +75,10 @@ async def run(
             interval=config.discovery.interval,
             max_streams=config.letta.max_streams,
         )
-        census = Census(Reads(engine, is_patient=False), metrics)
-        async with Monitor(config.service.listen, health, metrics, census):
+        seen = Reads(engine, is_patient=False)
+        snapshots = Snapshots(health, metrics, seen, troubles or Troubles())
+        page = Page(snapshots, Transcripts(seen), access)
+        async with Monitor(config.service.listen, health, metrics, Census(seen, metrics), page.install):
             _on_stop_signals(service.stop)
             if reread is not None:
                 _reload_on_signal(service, Reload(config, reread, watch_again, letta, log))

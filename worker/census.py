@@ -1,14 +1,13 @@
 """How many runs the store holds in each state, counted there when somebody asks, but seldom. Used by monitor.py.
 
-The count reads every run. It may be wanted every second, by anybody who can reach the port: what it costs is bounded.
+The count reads every run.
 """
 
-import asyncio
 import contextlib
-import time
 
 from worker.errors import RefusedError
-from worker.observe import Metrics
+from worker.metrics import Metrics
+from worker.seldom import Seldom
 from worker.storage.reads import Reads
 
 REST_SECONDS = 10.0
@@ -23,24 +22,11 @@ class Census:
     def __init__(self, reads: Reads, metrics: Metrics) -> None:
         self._reads = reads
         self._metrics = metrics
-        self._due_at = 0.0
-        self._counting: asyncio.Task[None] | None = None
-
-    async def refresh(self, seconds: float) -> None:
-        """Count again if it is time to, and wait so long for it; a count that takes longer is there the next time."""
-        if self._counting is None and time.monotonic() >= self._due_at:
-            self._counting = asyncio.create_task(self._count(), name="census")
-        if self._counting is not None:
-            await asyncio.wait({self._counting}, timeout=seconds)
-
-    async def close(self) -> None:
-        """Count no more."""
-        if self._counting is not None:
-            self._counting.cancel()
-            await asyncio.wait({self._counting})
+        counts = Seldom("census", self._count, rest_seconds=REST_SECONDS, rest_times=REST_TIMES)
+        self.refresh = counts.refresh
+        self.close = counts.close
 
     async def _count(self) -> None:
-        began_at = time.monotonic()
         counts: dict[str, int] = {}
         try:
             with contextlib.suppress(RefusedError):
@@ -49,6 +35,3 @@ class Census:
             self._metrics.runs.clear()
             for state, count in counts.items():
                 self._metrics.runs.labels(state).set(count)
-            ended_at = time.monotonic()
-            self._due_at = ended_at + max(REST_SECONDS, REST_TIMES * (ended_at - began_at))
-            self._counting = None

@@ -36,6 +36,7 @@ class Check(msgspec.Struct, frozen=True):
 
 async def check(config: Config) -> AsyncIterator[Check]:
     """Look at everything `run` depends on; later checks go on where earlier ones failed."""
+    config.service.read_page_token()  # a file that cannot be read is a fault of the configuration
     yield Check("configuration", is_ok=True, text=f"watching {', '.join(sorted(app.watch(config).scopes)[:5])}")
     async with app.open_letta(config) as letta:
         async for line in _check_server(config, letta):

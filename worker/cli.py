@@ -104,16 +104,17 @@ def run(
     Safe to kill at any moment: it goes on from the stored cursor. Log lines go to stderr. As a service, SIGHUP makes it
     read the configuration again: what is watched, the key and the log level change at once.
     """
-    from worker import app, config, observe
+    from worker import app, config, logs
 
     settings = _load(config_path)
     # On a terminal SIGHUP means that the terminal is gone, and ends it as it ends every program.
     reread = None if os.isatty(0) else functools.partial(config.load, config_path)
-    log = observe.set_up_logging(settings.log.level, settings.log.format)
+    troubles = logs.Troubles()
+    log = logs.set_up_logging(settings.log.level, settings.log.format, troubles)
     # A chunk is a handful of objects that live until their commit: looking for garbage among them every 700 objects, as
     # Python does, takes a tenth of the time.
     gc.set_threshold(10_000)
-    _do(app.run(settings, log, once=once, reread=reread))
+    _do(app.run(settings, log, once=once, reread=reread, troubles=troubles))
 
 
 @cli.command()
@@ -245,7 +246,7 @@ def _print_report(report: Report) -> None:
 
 def _line(word: str, style: str, said: str) -> Text:
     """A line that begins with a coloured word. What a server said is never taken for markup, and never obeyed."""
-    from worker.observe import shown
+    from worker.logs import shown
 
     return Text.assemble((word, style), " ", shown(said))
 
@@ -338,7 +339,7 @@ def _do(work: Coroutine[Any, Any, Result]) -> Result:
 
 
 def _die(error: WorkerError, code: int) -> NoReturn:
-    from worker.observe import shown_lines
+    from worker.logs import shown_lines
 
     print(f"letta-ingest: {shown_lines(str(error))}", file=sys.stderr)  # noqa: T201
     raise typer.Exit(code)

@@ -5,6 +5,7 @@ Used by cli.py and app.py only; everybody else is handed values.
 
 import datetime as dt
 import difflib
+import ipaddress
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -29,6 +30,8 @@ CREDENTIAL_NAME = "letta_api_key"
 """The name of the systemd credential that is used without being configured (LoadCredential=letta_api_key:...)."""
 PREFIX = "LETTA_INGEST_"
 MAX_PORT = 65535
+LEAST_TOKEN_CHARS = 16
+"""A token is guessed over HTTP as fast as the worker answers."""
 
 
 class _Section(BaseModel):
@@ -186,6 +189,9 @@ class Service(_Section):
     """What the worker shows of itself."""
 
     listen: str = "127.0.0.1:9464"
+    transcripts: bool = False
+    page_token: SecretStr | None = None
+    page_token_file: Path | None = None
 
     @field_validator("listen")
     @classmethod
@@ -194,6 +200,49 @@ class Service(_Section):
         if found is None or int(found[2]) > MAX_PORT:
             raise ValueError('write "address:port", such as "127.0.0.1:9464" or "[::1]:9464"')
         return value
+
+    @field_validator("page_token")
+    @classmethod
+    def _is_token(cls, value: SecretStr | None) -> SecretStr | None:
+        text = value.get_secret_value() if value is not None else None
+        if text is not None and not (len(text) >= LEAST_TOKEN_CHARS and text.isascii() and text.isprintable()):
+            raise ValueError(
+                f"write at least {LEAST_TOKEN_CHARS} printable ASCII characters, as `openssl rand -hex 16` does"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _is_private(self) -> "Service":
+        if self.page_token is not None and self.page_token_file is not None:
+            raise ValueError("set page_token or page_token_file, not both")
+        if self.transcripts and not self.is_loopback and self.page_token is None and self.page_token_file is None:
+            raise ValueError(
+                f"transcripts = true shows what was said to whoever reaches {self.listen}: set page_token or"
+                ' page_token_file, or listen on loopback, such as "127.0.0.1:9464"'
+            )
+        return self
+
+    @property
+    def host(self) -> str:
+        """The address without its port."""
+        return self.listen.rpartition(":")[0].strip("[]")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Only this machine reaches it."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a name; only this one is surely this machine's own
+            return self.host == "localhost"
+
+    def read_page_token(self) -> SecretStr | None:
+        """The token from wherever it is kept. Raises ConfigError when its file cannot be read."""
+        if self.page_token_file is None:
+            return self.page_token
+        try:
+            return self._is_token(SecretStr(self.page_token_file.read_text().strip()))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"service.page_token_file: cannot use {self.page_token_file}: {error}") from None
 
 
 class Log(_Section):

@@ -12,7 +12,7 @@ import msgspec
 
 from worker.core.records import RunRecord
 from worker.letta.client import LettaClient
-from worker.observe import Log
+from worker.logs import Log
 from worker.storage.committer import Committer
 from worker.storage.reads import Reads, StoredRun
 from worker.storage.writes import SweepWrite

@@ -28,7 +28,8 @@ from worker.errors import (
     TroubleError,
 )
 from worker.letta.client import Address, LettaClient
-from worker.observe import FollowerState, Log, Metrics
+from worker.logs import Log
+from worker.metrics import FollowerState, Metrics
 from worker.patience import Patience, until_it_works
 from worker.places import Places
 from worker.storage.committer import Commit, Committer

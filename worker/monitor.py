@@ -1,10 +1,11 @@
-"""What the outside may know: /healthz, /readyz and /metrics. Used by service.py (tells) and app.py (serves).
+"""What the outside may know: /healthz, /readyz and /metrics. Used by service.py (tells), page/ and app.py (serves).
 
 healthz: the process is alive and moving, or what of it is stuck. readyz: the server and the database work, or which of
 them does not.
 """
 
 import time
+from collections.abc import Callable
 from typing import Self
 
 from aiohttp import web
@@ -12,7 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from worker.census import Census
 from worker.errors import RefusedError
-from worker.observe import Metrics
+from worker.metrics import Metrics
 from worker.storage.committer import Committer
 from worker.storage.reads import Reads
 
@@ -80,9 +81,16 @@ class Health:
 
 
 class Monitor:
-    """The HTTP listener. Enter it to listen, leave it to stop."""
+    """The HTTP listener. Enter it to listen, leave it to stop. `install` adds what else is to be answered."""
 
-    def __init__(self, listen: str, health: Health, metrics: Metrics, census: Census) -> None:
+    def __init__(
+        self,
+        listen: str,
+        health: Health,
+        metrics: Metrics,
+        census: Census,
+        install: Callable[[web.Application], None] = lambda _: None,
+    ) -> None:
         self._host, _, port = listen.rpartition(":")
         self._port = int(port)
         self._health = health
@@ -96,6 +104,7 @@ class Monitor:
                 web.get("/metrics", self._metrics_page),
             ]
         )
+        install(app)
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1)
 
     async def __aenter__(self) -> Self:

@@ -6,7 +6,7 @@ from typing import Any
 from worker.config import Config
 from worker.errors import ConfigError
 from worker.letta.client import LettaClient
-from worker.observe import Log, set_level
+from worker.logs import Log, set_level
 
 CHANGEABLE = {"watch.all", "watch.conversations", "watch.agents", "discovery.start", "log.level"}
 KEY = {"letta.api_key", "letta.api_key_file"}

@@ -17,8 +17,8 @@ from worker.core.records import STREAM_EXPIRY
 from worker.discovery import Discovery
 from worker.errors import InvariantError, RefusedError, WorkerError
 from worker.follower import Equipment, Follower
+from worker.logs import shown
 from worker.monitor import Health
-from worker.observe import shown
 from worker.patience import until_it_works
 from worker.places import Places
 from worker.storage.reads import StoredRun

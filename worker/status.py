@@ -7,7 +7,7 @@ import msgspec
 
 from worker.core.chunks import MAX_COLUMN_CHARS
 from worker.core.records import STREAM_EXPIRY
-from worker.observe import shown
+from worker.logs import shown
 from worker.storage.reads import Reads
 
 SHOWN_RUNS = 20

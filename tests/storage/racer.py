@@ -7,7 +7,7 @@ import random
 import sys
 
 from tests.storage.store import RecordingLog, Store, ending, known, later, lot
-from worker.observe import Metrics
+from worker.metrics import Metrics
 from worker.storage import engine
 from worker.storage.committer import Committer
 from worker.storage.writes import Write

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from tests.storage.store import AT, Store, accepted, known, later, lot, row, rows
 from worker.core.records import MessageRecord, RunRecord
 from worker.core.runlog import Gap, Reject
-from worker.observe import Metrics
+from worker.metrics import Metrics
 from worker.storage.committer import Committer
 from worker.storage.writes import RunWrite, SweepWrite, Write
 

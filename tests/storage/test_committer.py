@@ -16,7 +16,7 @@ from tests.storage.store import AT, RecordingLog, Store, accepted, ending, known
 from worker.core.records import RunRecord
 from worker.core.runlog import Reject
 from worker.errors import InvariantError, RefusedError
-from worker.observe import Metrics
+from worker.metrics import Metrics
 from worker.storage import committer as module
 from worker.storage.committer import Commit, Committer
 from worker.storage.writes import RunWrite, SweepWrite

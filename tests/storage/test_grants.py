@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from tests.storage.store import AT, RecordingLog, Store, accepted, known, later, lot, row
 from tests.storage.test_atomic import EVERYTHING
 from worker.errors import RefusedError
-from worker.observe import Metrics
+from worker.metrics import Metrics
 from worker.storage import schema
 from worker.storage.committer import Committer
 from worker.storage.reads import Reads

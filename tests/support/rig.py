@@ -19,8 +19,8 @@ from worker import app, patience
 from worker.config import Config
 from worker.discovery import Discovery, Watch
 from worker.follower import Equipment, Follower
+from worker.metrics import Metrics
 from worker.monitor import Health
-from worker.observe import Metrics
 from worker.patience import Patience
 from worker.places import Places
 from worker.service import Service
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from worker.demo.fake_letta import FakeLetta
     from worker.demo.fake_run import FakeRun
     from worker.letta.client import LettaClient
-    from worker.observe import LogEvent
+    from worker.logs import LogEvent
 
 SECRET = "sk-never-to-be-seen"
 # Long enough that a busy machine's hiccup is not taken for a silent server.

@@ -90,6 +90,8 @@ def test_wheel_holds_the_package_only(wheel: Path) -> None:
     assert "worker/migrations/env.py" in names
     assert any(name.startswith("worker/migrations/versions/") for name in names)
     assert {"worker/py.typed", "worker/letta-ingest.service"} <= set(names)
+    parts = ("page.css", "page.js", "status.html", "transcript.html")
+    assert {f"worker/page/{part}" for part in parts} <= set(names)
 
 
 def test_installed_command_helps(elsewhere: Path, programs: Path) -> None:

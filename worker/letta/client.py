@@ -36,7 +36,7 @@ from worker.letta.answers import (
     without_key,
 )
 from worker.letta.paging import Paging
-from worker.observe import Metrics
+from worker.metrics import Metrics
 
 MAX_ANSWER_BYTES = 128 * 1024 * 1024
 """A JSON answer larger than this is refused, and so are messages of one run, so that memory stays bounded (I8)."""

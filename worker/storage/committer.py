@@ -18,7 +18,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker.core.runlog import Accepted
 from worker.errors import InvariantError, RefusedError
-from worker.observe import Log, Metrics
+from worker.logs import Log
+from worker.metrics import Metrics
 from worker.storage.engine import describe, is_outage, is_refusal, is_sqlite, is_timeout, outage_retries
 from worker.storage.writes import PostgresDialect, RunWrite, SqliteDialect, Write, write
 

@@ -49,22 +49,22 @@ class Reads:
     async def unsettled_since(self, since: dt.datetime) -> list[StoredRun]:
         """Runs created since then that there is still something to do for, oldest first: it expires first."""
         unsettled = sa.select(runs).where(runs.c.settled_at.is_(None), runs.c.created_at >= since)
-        return [stored_run(row) for row in await self._all(unsettled.order_by(runs.c.created_at))]
+        return [stored_run(row) for row in await self.rows(unsettled.order_by(runs.c.created_at))]
 
     async def unsettled_before(self, before: dt.datetime, limit: int) -> list[StoredRun]:
         """At most `limit` runs created before then that there is still something to do for, newest first."""
         unsettled = sa.select(runs).where(runs.c.settled_at.is_(None), runs.c.created_at < before)
-        rows = await self._all(unsettled.order_by(runs.c.created_at.desc()).limit(limit))
+        rows = await self.rows(unsettled.order_by(runs.c.created_at.desc()).limit(limit))
         return [stored_run(row) for row in rows]
 
     async def unsettled_among(self, run_ids: Sequence[str]) -> list[StoredRun]:
         """Those of these runs that there is still something to do for, oldest first."""
         unsettled = sa.select(runs).where(runs.c.settled_at.is_(None), runs.c.run_id.in_(run_ids))
-        return [stored_run(row) for row in await self._all(unsettled.order_by(runs.c.created_at))]
+        return [stored_run(row) for row in await self.rows(unsettled.order_by(runs.c.created_at))]
 
     async def run(self, run_id: str) -> StoredRun | None:
         """One run, or None."""
-        rows = await self._all(sa.select(runs).where(runs.c.run_id == run_id))
+        rows = await self.rows(sa.select(runs).where(runs.c.run_id == run_id))
         return stored_run(rows[0]) if rows else None
 
     async def payloads(self, run_id: str) -> AsyncIterator[Sequence[tuple[int, str]]]:
@@ -73,7 +73,7 @@ class Reads:
         while True:
             query = sa.select(chunks.c.seq_id, chunks.c.payload).where(chunks.c.run_id == run_id)
             page = query.where(chunks.c.seq_id > after).order_by(chunks.c.seq_id).limit(PAYLOADS_A_PAGE)
-            rows = await self._all(page)
+            rows = await self.rows(page)
             yield rows
             if len(rows) < PAYLOADS_A_PAGE:
                 return
@@ -82,11 +82,11 @@ class Reads:
     async def open_gaps(self, run_id: str) -> list[Gap]:
         """The gaps of a run that are not resolved."""
         query = sa.select(gaps).where(gaps.c.run_id == run_id, gaps.c.resolved_at.is_(None))
-        return [Gap(row.first_seq_id, row.last_seq_id, row.cause) for row in await self._all(query)]
+        return [Gap(row.first_seq_id, row.last_seq_id, row.cause) for row in await self.rows(query)]
 
     async def discovery_state(self) -> DiscoveryState:
         """How far discovery has got."""
-        rows = await self._all(sa.select(discovery))
+        rows = await self.rows(sa.select(discovery))
         return DiscoveryState(
             position_at=next((row.position_at for row in rows if row.scope == POSITION_SCOPE), None),
             scopes={row.scope: row.start_at for row in rows if row.scope != POSITION_SCOPE},
@@ -94,21 +94,21 @@ class Reads:
 
     async def runs_by_state(self) -> dict[str, int]:
         """State -> number of runs."""
-        rows = await self._all(sa.select(runs.c.state, sa.func.count()).group_by(runs.c.state))
+        rows = await self.rows(sa.select(runs.c.state, sa.func.count()).group_by(runs.c.state))
         return dict(tuple(row) for row in rows)
 
     async def totals(self) -> dict[str, int]:
         """Chunks stored up to their runs' cursors, open gaps and rejects."""
-        stored = await self._all(sa.select(sa.func.coalesce(sa.func.sum(runs.c.chunk_count), 0)))
-        open_gaps = await self._all(sa.select(sa.func.count()).select_from(gaps).where(gaps.c.resolved_at.is_(None)))
-        rejected = await self._all(sa.select(sa.func.count()).select_from(rejects))
+        stored = await self.rows(sa.select(sa.func.coalesce(sa.func.sum(runs.c.chunk_count), 0)))
+        open_gaps = await self.rows(sa.select(sa.func.count()).select_from(gaps).where(gaps.c.resolved_at.is_(None)))
+        rejected = await self.rows(sa.select(sa.func.count()).select_from(rejects))
         return {"chunks": int(stored[0][0]), "open_gaps": open_gaps[0][0], "rejects": rejected[0][0]}
 
     async def last_received(self, run_ids: Sequence[str]) -> dict[str, dt.datetime]:
         """Run -> when its newest chunk was received, for runs that have one."""
         last = sa.and_(chunks.c.run_id == runs.c.run_id, chunks.c.seq_id == runs.c.last_seq_id)
         query = sa.select(runs.c.run_id, chunks.c.received_at).join(chunks, last).where(runs.c.run_id.in_(run_ids))
-        return {row.run_id: row.received_at for row in await self._all(query)}
+        return {row.run_id: row.received_at for row in await self.rows(query)}
 
     async def trouble(self, seconds: float) -> str | None:
         """Why the database does not answer now, or None. Asks once and waits no longer than this."""
@@ -123,7 +123,8 @@ class Reads:
             raise
         return None
 
-    async def _all(self, query: sa.Select[*tuple[Any, ...]]) -> Sequence[Any]:
+    async def rows(self, query: sa.Select[*tuple[Any, ...]]) -> Sequence[Any]:
+        """The rows of a query. Raises RefusedError; what else it does about an outage is the reader's patience."""
         rows: Sequence[Any] = ()
         try:
             async for attempt in outage_retries(stop=self._stop):
