@@ -4,6 +4,7 @@ import os
 import platform
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.catch_up import FLOOR, WORKER, Load, Measured, ratio
@@ -14,6 +15,8 @@ from benchmarks.live_load import Live
 from benchmarks.start import Idle, Restart
 
 BAR, ROW, LEFT, WIDTH = 14, 22, 190, 720
+NOTES = Path(__file__).parent / "notes.md"
+"""What a person made of the figures; to be read again when they are recorded again."""
 COLOURS = {"SQLite": "#1d4ed8", "PostgreSQL": "#b45309"}
 
 
@@ -70,7 +73,8 @@ One run, however long:
 ## Start, idling, a second worker
 
 {_start(results)}
-"""
+
+{NOTES.read_text()}"""
 
 
 def _table(head: str, rows: Iterable[Sequence[object]]) -> str:
