@@ -1,13 +1,14 @@
 """Live runs that talk all at once: does the worker keep up, how late is a chunk durable, and what does that cost."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from benchmarks.database import DATABASES, fresh
 from benchmarks.processes import cpu_seconds, load, resident_mib, say
 from benchmarks.worker import Worker
 from tests.support.postgres import PostgresServer
+from worker.page.snapshot import bound
 
 RATE = 20
 """Chunks a second of each run, in bursts twice a second."""
@@ -53,10 +54,5 @@ def once(runs: int, database: str, server: PostgresServer) -> Live:
     name = "letta_ingest_chunks_stored_total", ""
     stored = (after[name] - before[name]) / seconds
     lags = {float(le): after[metric, le] - before[metric, le] for metric, le in after if metric == LAG}
-    return Live(runs, database, runs * RATE, stored, quantile(lags, 0.5), quantile(lags, 0.99), used / seconds, mib)
-
-
-def quantile(buckets: Mapping[float, float], share: float) -> float:
-    """The upper bound of the bucket in which this share of the observations is reached."""
-    counts = sorted(buckets.items())
-    return next((bound for bound, count in counts if count >= share * counts[-1][1]), float("inf"))
+    p50, p99 = bound(lags, 0.5) or 0.0, bound(lags, 0.99) or 0.0
+    return Live(runs, database, runs * RATE, stored, p50, p99, used / seconds, mib)

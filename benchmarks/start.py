@@ -34,16 +34,16 @@ class Idle(NamedTuple):
 
 
 def restart(stored_runs: int, unfinished: int, server: PostgresServer) -> list[Restart]:
-    """Kill a worker that follows `unfinished` runs, in a store with so many more, and start it again."""
+    """Kill a worker that follows `unfinished` runs, in a store with so many more; start one with default settings."""
     measured = []
     for database in DATABASES:
         say(f"restart: {stored_runs:,} stored runs, {unfinished:,} unfinished, {database}")
         with fresh(database, server) as (folder, url), load("live", unfinished, 2, 100_000, 1) as letta:
-            worker = Worker(folder, letta, url, more=f"max_streams = {unfinished + 20}")
+            all_at_once = Worker(folder, letta, url, more=f"max_streams = {unfinished + 20}")
             fill(url, stored_runs)
-            with worker.running():
+            with all_at_once.running():
                 wait_for_more(url, 2 * unfinished)
-            before = rows(url)
+            worker, before = Worker(folder, letta, url), rows(url)
             begun = time.monotonic()
             with worker.running():
                 wait_for_more(url, before + 1)
