@@ -92,6 +92,10 @@ WRONG_CONFIGURATIONS = {
     "A time without a zone": f"{ALL}[discovery]\nstart = 2026-01-31T00:00:00",
     "A start that is none": f"{ALL}[discovery]\nstart = 'yesterday'",
     "A listen address that is none": f"{ALL}[service]\nlisten = '9464'",
+    "A page token that can be guessed": f"{ALL}[service]\npage_token = 'letmein'",
+    "Two page tokens": f"{ALL}[service]\npage_token = '{SECRET}'\npage_token_file = 'token'",
+    "Transcripts without a token": f"{ALL}[service]\nlisten = '0.0.0.0:9464'\ntranscripts = true",
+    "The page token's file": f"{ALL}[service]\npage_token_file = '/absent/token'",
 }
 
 

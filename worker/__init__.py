@@ -12,6 +12,7 @@
     census.py       how many runs are in each state, counted seldom
     seldom.py       asking for what is dear, seldom
     monitor.py      /healthz /readyz /metrics: what the outside may know
+    terminal.py     what `run` shows on a terminal
     page/           the status page, and transcripts where they are shown
     patience.py     every wait, with its reason
     systemd.py      telling systemd how the service is

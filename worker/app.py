@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import signal
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from importlib.metadata import version
+from typing import Any
 
 import httpx
 from httpx_aiohttp import HttpxAiohttpClient
@@ -44,10 +45,11 @@ async def run(
     patience: Patience | None = None,
     reread: Callable[[], Config] | None = None,
     troubles: Troubles | None = None,
+    show: Callable[[Snapshots], Coroutine[Any, Any, None]] | None = None,
 ) -> None:
     """Run the service until a signal, or once; with `reread`, SIGHUP brings it to the configuration that this gives.
 
-    `troubles` is what the log keeps for the status page.
+    `troubles` is what the log keeps for the status page; `show` draws the same somewhere else, while it runs.
 
     Raises RefusedError, ConfigError or InvariantError.
     """
@@ -89,7 +91,21 @@ async def run(
                 watching=sorted(watch(config).scopes),
                 database=engine.url.render_as_string(hide_password=True),
             )
-            await service.run(once=once)
+            async with _beside(show(snapshots) if show is not None else None):
+                await service.run(once=once)
+
+
+@contextlib.asynccontextmanager
+async def _beside(work: Coroutine[Any, Any, None] | None) -> AsyncIterator[None]:
+    """Run this while the block runs. What is wrong with it is told when the block is done, and never stops it."""
+    task = asyncio.create_task(work) if work is not None else None
+    try:
+        yield
+    finally:
+        if task is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
 
 
 @contextlib.asynccontextmanager

@@ -41,7 +41,6 @@ EXIT_OTHER, EXIT_CONFIG, EXIT_REFUSED = 1, 2, 3
 cli = typer.Typer(
     name="letta-ingest",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="""Stores every chunk your Letta agents stream in SQL: at least once from Letta, stored exactly once.
@@ -101,20 +100,24 @@ def run(
 ) -> None:
     """Follow the watched runs and store every chunk, until SIGTERM or SIGINT (the service).
 
-    Safe to kill at any moment: it goes on from the stored cursor. Log lines go to stderr. As a service, SIGHUP makes it
-    read the configuration again: what is watched, the key and the log level change at once.
+    Safe to kill at any moment: it goes on from the stored cursor. Log lines go to stderr; on a terminal it shows what
+    it does instead, unless `log.format` is "console". As a service, SIGHUP makes it read the configuration again: what
+    is watched, the key and the log level change at once.
     """
-    from worker import app, config, logs
+    from worker import app, config, logs, terminal
 
     settings = _load(config_path)
     # On a terminal SIGHUP means that the terminal is gone, and ends it as it ends every program.
     reread = None if os.isatty(0) else functools.partial(config.load, config_path)
     troubles = logs.Troubles()
-    log = logs.set_up_logging(settings.log.level, settings.log.format, troubles)
+    console = Console(stderr=True, highlight=False)
+    is_drawn = settings.log.format == "json" and console.is_terminal and not console.is_dumb_terminal
+    log = logs.set_up_logging(settings.log.level, "none" if is_drawn else settings.log.format, troubles)
     # A chunk is a handful of objects that live until their commit: looking for garbage among them every 700 objects, as
     # Python does, takes a tenth of the time.
     gc.set_threshold(10_000)
-    _do(app.run(settings, log, once=once, reread=reread, troubles=troubles))
+    show = functools.partial(terminal.show, console=console) if is_drawn else None
+    _do(app.run(settings, log, once=once, reread=reread, troubles=troubles, show=show))
 
 
 @cli.command()

@@ -190,8 +190,8 @@ class Service(_Section):
 
     listen: str = "127.0.0.1:9464"
     transcripts: bool = False
-    page_token: SecretStr | None = None
-    page_token_file: Path | None = None
+    page_token: SecretStr | None = Field(None, repr=False)
+    page_token_file: Path | None = Field(None, repr=False, description="should be the path of a file")
 
     @field_validator("listen")
     @classmethod

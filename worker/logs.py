@@ -10,7 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, MutableMapping
-from typing import Any, Literal, NamedTuple, Protocol, TextIO
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TextIO
 
 import msgspec
 import structlog
@@ -160,8 +160,11 @@ class Troubles:
         return list(reversed(self._kept))
 
 
-def set_up_logging(level: str, log_format: Literal["json", "console"], troubles: Troubles | None = None) -> Log:
-    """Configure structlog to write to stderr and return the root logger; stdout belongs to the commands."""
+def set_up_logging(level: str, log_format: Literal["json", "console", "none"], troubles: Troubles | None = None) -> Log:
+    """Configure structlog to write to stderr and return the root logger; stdout belongs to the commands.
+
+    With `none` nothing is written: `troubles` are kept all the same, and shown by somebody else.
+    """
     renderers: list[Any] = [structlog.processors.JSONRenderer()]  # it writes ASCII, and spells out all else
     if log_format == "console":
         # Plain tracebacks: the coloured ones show local variables, and a key may be among them (I10).
@@ -169,7 +172,9 @@ def set_up_logging(level: str, log_format: Literal["json", "console"], troubles:
         has_colours = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
         console = structlog.dev.ConsoleRenderer(colors=has_colours, exception_formatter=plain)
         renderers = [_show_fields, console]
-    if _is_journal(sys.stderr):
+    if log_format == "none":
+        renderers = [_drop]
+    elif _is_journal(sys.stderr):
         renderers.append(_with_priority)
     structlog.configure(
         processors=[
@@ -220,6 +225,10 @@ def _is_journal(stream: TextIO) -> bool:
         return False
     found = os.fstat(stream.fileno())
     return journal == f"{found.st_dev}:{found.st_ino}"
+
+
+def _drop(_: Any, __: str, ___: MutableMapping[str, Any]) -> NoReturn:
+    raise structlog.DropEvent
 
 
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3}
