@@ -71,7 +71,7 @@ def smoke() -> None:
     """Fail when a chunk costs half as much again, in units of the floor, as was recorded."""
     recorded = json.loads(RECORDED.read_text())
     with running_postgres() as server:
-        found = costs(catch_up.measure([FLOOR, WORKER], Load(50, 2000), 2, server))
+        found = costs(catch_up.measure([FLOOR, WORKER], Load(100, 2000), 3, server))
     for database in DATABASES:
         print(f"{database}: {found[database]:.1f} x the floor's CPU a chunk; {recorded[database]:.1f} x recorded")
     if worse := [d for d in DATABASES if found[d] > MOST_WORSE * recorded[d]]:
