@@ -13,9 +13,8 @@ import pytest
 import structlog
 
 from tests.support.lives import until
-from tests.support.shell import SECRET, Shell
+from tests.support.shell import Shell, shell_on
 from worker.demo.fake_faults import Answer
-from worker.demo.fake_letta import FakeLetta
 from worker.logs import EVENTS, LINES_A_MINUTE, LogEvent, Repeats, set_up_logging
 
 if TYPE_CHECKING:
@@ -28,13 +27,8 @@ LEVELS = {"debug", "info", "warning", "error"}
 @pytest.fixture
 async def shell(tmp_path: Path, sqlite_url: str) -> AsyncIterator[Shell]:
     """Commands on SQLite and a quick server."""
-    async with FakeLetta(keepalive_interval=0.2, password=SECRET, seed=1) as letta:
-        made = Shell(letta, tmp_path, sqlite_url)
-        try:
-            yield made
-        finally:
-            for life in made.lives:
-                life.kill()
+    async with shell_on(sqlite_url, tmp_path) as made:
+        yield made
 
 
 def calls() -> Iterator[tuple[str, str, set[str]]]:

@@ -21,10 +21,9 @@ import pytest
 from tests.letta.wire import answering, relaying, serving
 from tests.support.leaks import MARK
 from tests.support.lives import until
-from tests.support.shell import SECRET, Shell
+from tests.support.shell import SECRET, Shell, shell_on
 from worker.config import Config
 from worker.demo.fake_faults import Answer
-from worker.demo.fake_letta import FakeLetta
 from worker.logs import set_up_logging
 
 if TYPE_CHECKING:
@@ -51,13 +50,8 @@ IN_THE_WRONG_PLACE = {
 @pytest.fixture
 async def shell(tmp_path: Path, sqlite_url: str) -> AsyncIterator[Shell]:
     """Commands on SQLite and a server that asks for the key."""
-    async with FakeLetta(keepalive_interval=0.2, password=SECRET, seed=1) as letta:
-        made = Shell(letta, tmp_path, sqlite_url)
-        try:
-            yield made
-        finally:
-            for life in made.lives:
-                life.kill()
+    async with shell_on(sqlite_url, tmp_path) as made:
+        yield made
 
 
 async def refused(shell: Shell, *words: str, **how: Any) -> str:

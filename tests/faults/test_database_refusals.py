@@ -21,8 +21,7 @@ import pytest
 
 from tests.faults.database_faults import asyncpg_connection, postgres_database
 from tests.storage.test_grants import documented_grants
-from tests.support.shell import SECRET, Shell, talking
-from worker.demo.fake_letta import FakeLetta
+from tests.support.shell import Shell, shell_on, talking
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -33,18 +32,6 @@ if TYPE_CHECKING:
 
 STORED = 40
 """So many chunks are stored before anything breaks."""
-
-
-@asynccontextmanager
-async def shell_on(database_url: str, folder: Path) -> AsyncIterator[Shell]:
-    """The worker's commands, on a server of their own."""
-    async with FakeLetta(keepalive_interval=0.2, password=SECRET, seed=1) as letta:
-        shell = Shell(letta, folder, database_url)
-        try:
-            yield shell
-        finally:
-            for life in shell.lives:
-                life.kill()
 
 
 async def last_words(shell: Shell, life: Life) -> str:

@@ -22,6 +22,7 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
+from benchmarks import processes
 from benchmarks.blaster import TAIL, event, run_id
 from tests.soak.chart import chart
 from tests.soak.sampling import Sample, Sampler
@@ -44,13 +45,8 @@ pytestmark = pytest.mark.campaign
 @pytest.fixture
 def load() -> Iterator[str]:
     """The URL of the load, which is a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.live", str(RUNS), str(RATE), str(CHUNKS)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
-        finally:
-            process.kill()
+    with processes.load("live", RUNS, RATE, CHUNKS) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

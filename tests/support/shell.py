@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.support.lives import Life, until
 from tests.support.looks import looking
+from worker.demo.fake_letta import FakeLetta
 from worker.demo.proof import compare
 from worker.demo.talk import Talk
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-    from worker.demo.fake_letta import FakeLetta
     from worker.demo.proof import Tally
 
 SECRET = "sk-never-to-be-seen-in-any-output"
@@ -110,6 +110,18 @@ def free_address() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@asynccontextmanager
+async def shell_on(database_url: str, folder: Path) -> AsyncIterator[Shell]:
+    """Commands on this database and a quick server of their own; whatever still lives at the end is killed."""
+    async with FakeLetta(keepalive_interval=0.2, password=SECRET, seed=1) as letta:
+        shell = Shell(letta, folder, database_url)
+        try:
+            yield shell
+        finally:
+            for life in shell.lives:
+                life.kill()
 
 
 @asynccontextmanager

@@ -17,7 +17,7 @@ from tests.support.lives import Life, until
 from tests.support.postgres import running_postgres
 from tests.support.rig import SECRET as KEY
 from tests.support.rig import working
-from tests.support.shell import SECRET, Shell, free_address
+from tests.support.shell import Shell, free_address
 from tests.support.systemd import Systemd
 from worker import monitor, service
 from worker.census import Census
@@ -26,23 +26,8 @@ from worker.monitor import Health, Monitor
 from worker.storage.writes import SweepWrite
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
-
-
-@pytest.fixture
-async def letta() -> AsyncIterator[FakeLetta]:
-    """A fake server that asks for a key."""
-    async with FakeLetta(keepalive_interval=0.2, password=SECRET, seed=1) as server:
-        yield server
-
-
-@pytest.fixture
-def systemd(tmp_path: Path) -> Iterator[Systemd]:
-    """A systemd that wants a sign of life five times a second."""
-    made = Systemd(tmp_path / "notify")
-    yield made
-    made.close()
 
 
 async def asked(address: str, path: str) -> tuple[int, dict[str, Any]]:

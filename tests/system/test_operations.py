@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 
-from tests.support.shell import SECRET, Shell, talking
-from worker.demo.fake_letta import FakeLetta
+from tests.support.shell import Shell, shell_on, talking
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -33,14 +32,9 @@ def documented(begin: str) -> str:
 @asynccontextmanager
 async def working(folder: Path, url: str) -> AsyncIterator[Shell]:
     """Commands on this database and a server that talks."""
-    async with FakeLetta(keepalive_interval=0.2, password=SECRET, seed=1) as letta:
-        shell = Shell(letta, folder, url)
+    async with shell_on(url, folder) as shell:
         assert (await shell.do("migrate")).code == 0
-        try:
-            yield shell
-        finally:
-            for life in shell.lives:
-                life.kill()
+        yield shell
 
 
 async def until_stored(shell: Shell, rows: int) -> None:

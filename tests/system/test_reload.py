@@ -16,7 +16,7 @@ from tests.support.systemd import Systemd
 from worker.demo.fake_letta import FakeLetta
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
 NEW_SECRET = "sk-never-to-be-seen-either"
@@ -29,21 +29,6 @@ discovery = {{ interval = 0.2 }}
 service = {{ listen = "127.0.0.1:0" }}
 log = {{ level = "{level}" }}
 """
-
-
-@pytest.fixture
-async def letta() -> AsyncIterator[FakeLetta]:
-    """A fake server that asks for a key."""
-    async with FakeLetta(keepalive_interval=0.2, password=SECRET, seed=1) as server:
-        yield server
-
-
-@pytest.fixture
-def systemd(tmp_path: Path) -> Iterator[Systemd]:
-    """A systemd that wants no sign of life."""
-    made = Systemd(tmp_path / "notify")
-    yield made
-    made.close()
 
 
 class Service:
