@@ -285,6 +285,23 @@ LIKELY = (
         becomes="if floor is None or run.created_at >= (self._position_at or floor)]",
         killed_by="tests/discovery/test_discovery.py::test_run_committed_late",
     ),
+    Mutant(
+        name="ready-too-early",
+        bug="systemd is told READY=1 before anybody knows whether the server answers.",
+        file="worker/service.py",
+        was='            self._start("status", self._tell_status())',
+        becomes='            self._start("status", self._tell_status()); systemd.notify("READY=1")',
+        killed_by="tests/system/test_liveness.py::test_ready_comes_with_the_first_listing",
+    ),
+    Mutant(
+        name="reload-forgets-the-unwanted",
+        bug="A run that was listed before its conversation was watched counts as known, and is never followed.",
+        file="worker/discovery.py",
+        was="        self._known = {}  # runs that nobody wanted are among them",
+        becomes="",
+        killed_by="tests/system/test_reload.py::test_what_may_change_does",
+        dies_of="TimeoutError",
+    ),
 )
 
 MUTANTS = TEN + LIKELY

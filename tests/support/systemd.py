@@ -5,21 +5,21 @@ from __future__ import annotations
 import contextlib
 import itertools
 import socket
-from typing import TYPE_CHECKING
+import tempfile
+from pathlib import Path
 
 from tests.support.lives import until
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class Systemd:
     """The other end of NOTIFY_SOCKET, as systemd has it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self) -> None:
+        # Not in the test's own folder: a socket's path must be shorter than that may be.
+        self._folder = tempfile.TemporaryDirectory(prefix="notify-")
+        self.path = Path(self._folder.name) / "notify"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(str(path))
+        self._socket.bind(str(self.path))
         self._socket.settimeout(0)
         self.heard: list[str] = []
 
@@ -54,3 +54,4 @@ class Systemd:
     def close(self) -> None:
         """Stop listening."""
         self._socket.close()
+        self._folder.cleanup()

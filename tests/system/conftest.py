@@ -12,7 +12,6 @@ from worker.demo.fake_letta import FakeLetta
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
 
 
 @pytest.fixture
@@ -23,8 +22,8 @@ async def letta() -> AsyncIterator[FakeLetta]:
 
 
 @pytest.fixture
-def systemd(tmp_path: Path) -> Iterator[Systemd]:
+def systemd() -> Iterator[Systemd]:
     """A systemd, whose socket a worker is given."""
-    made = Systemd(tmp_path / "notify")
+    made = Systemd()
     yield made
     made.close()
