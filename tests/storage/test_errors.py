@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
 import sqlalchemy as sa
 
-from tests.storage.store import AT, Store, accepted, known, row
+from tests.storage.store import AT, Store, accepted, known, lot, row
 from worker.storage.engine import create_engine, describe, is_outage, is_refusal
 from worker.storage.writes import RunWrite
 
@@ -206,6 +206,26 @@ async def test_a_plan_made_before_a_migration_is_made_again(postgresql_url: str)
     async with engine.connect() as connection:
         assert (await connection.execute(sa.text("SELECT * FROM t"))).all() == []
     await engine.dispose()
+
+
+async def test_a_lot_dropped_under_the_worker_is_made_again(postgresql_store: Store) -> None:
+    """I7: DROP OWNED takes the session's own table along: an outage of one attempt, and no lost schema."""
+    dropped: list[str] = []
+
+    def drop(_: object, cursor: Any, statement: str, *__: object) -> None:
+        if statement.startswith("CREATE TEMPORARY TABLE"):
+            dropped.append(statement)
+            cursor.execute("DROP TABLE pg_temp.chunk_lot")
+
+    await postgresql_store.write(known("run-1"))
+    sa.event.listen(postgresql_store.engine.sync_engine, "after_cursor_execute", drop)
+    with pytest.raises(asyncpg.UndefinedTableError, match="chunk_lot") as raised:
+        await postgresql_store.write(lot("run-1", 1, 3))
+    assert dropped
+    assert_outage(raised.value)
+    sa.event.remove(postgresql_store.engine.sync_engine, "after_cursor_execute", drop)
+    await postgresql_store.write(lot("run-1", 1, 3))
+    assert list(await postgresql_store.chunks("run-1")) == [1, 2, 3]
 
 
 async def test_a_connection_killed_while_it_was_idle(postgresql_store: Store) -> None:

@@ -201,7 +201,7 @@ def is_refusal(error: BaseException) -> bool:
         return (
             _sqlite_code(cause) in _REFUSING_SQLITE or "no such table" in str(cause) or "no such column" in str(cause)
         )
-    if isinstance(cause, asyncpg.InvalidCachedStatementError):  # somebody has migrated: the next attempt works
+    if _is_of_the_session(cause):
         return False
     return (
         isinstance(cause, RefusedError | asyncpg.ClientConfigurationError | ssl.SSLCertVerificationError)
@@ -223,7 +223,14 @@ def is_outage(error: BaseException) -> bool:
         return is_drivers or isinstance(cause, OSError | TimeoutError | sa.exc.TimeoutError)
     if sqlstate == _PROGRAM_LIMIT and getattr(cause, "table_name", None):  # the row's fault: an index cannot hold it
         return False
-    return isinstance(cause, asyncpg.InvalidCachedStatementError) or str(sqlstate)[:2] in _WAITING_SQLSTATES
+    return _is_of_the_session(cause) or str(sqlstate)[:2] in _WAITING_SQLSTATES
+
+
+def _is_of_the_session(cause: BaseException) -> bool:
+    """The database is sound, and the next attempt works: somebody has migrated, or dropped the session's own table."""
+    return isinstance(cause, asyncpg.InvalidCachedStatementError) or (
+        isinstance(cause, asyncpg.UndefinedTableError) and "pg_temp." in str(cause)
+    )
 
 
 def is_timeout(error: BaseException) -> bool:
