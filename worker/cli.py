@@ -310,7 +310,7 @@ def _status_table(figures: Status) -> Group:
     for column in ("unfinished run\nconversation", "state\nstatus", "cursor", "last chunk\nexpires in"):
         table.add_column(column, no_wrap=True)
     for run in figures.unfinished:
-        last = "-" if run.last_chunk_seconds_ago is None else f"{run.last_chunk_seconds_ago:.0f} s ago"
+        last = "-" if run.last_chunk_seconds_ago is None else f"{max(0, run.last_chunk_seconds_ago):.0f} s ago"
         minutes = f"{run.seconds_to_expiry / 60:.0f} min"
         pairs = (
             (run.run_id, run.conversation_id or "(agent-direct)"),

@@ -175,7 +175,9 @@ async def test_eighty_columns_are_enough(letta: FakeLetta, config: str) -> None:
         terminal.process.terminate()
         assert await terminal.ended() == 0
     status = [sys.executable, "-m", "worker", "status", "--config", config]
-    piped = subprocess.run(status, capture_output=True, text=True, check=True, env={"COLUMNS": "80"})
+    piped = await asyncio.to_thread(
+        subprocess.run, status, capture_output=True, text=True, check=True, env={"COLUMNS": "80"}
+    )
     on_terminal = Terminal(["status", "--config", config], {"COLUMNS": "80"})
     try:
         assert await on_terminal.ended() == 0
