@@ -192,7 +192,7 @@ def _on_stop_signals(stop: Callable[[], object]) -> None:
 
 def _reload_on_signal(service: Service, reload: Reload) -> None:
     def on_signal() -> None:
-        with systemd.reloading() if service.is_ready else contextlib.nullcontext():
+        with systemd.reloading(service.say_ready) if service.is_ready else contextlib.nullcontext():
             reload.reload()
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_signal)
