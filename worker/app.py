@@ -83,7 +83,8 @@ async def run(
         async with Monitor(config.service.listen, health, metrics, Census(seen, metrics), page.install):
             _on_stop_signals(service.stop)
             if reread is not None:
-                _reload_on_signal(service, Reload(config, reread, watch_again, letta, log))
+                reload = Reload(config, reread, watch_again, letta, log, use_page_token=page.use_token)
+                _reload_on_signal(service, reload)
             log.info(
                 "worker.started",
                 version=version("letta-ingest"),

@@ -102,7 +102,7 @@ def run(
 
     Safe to kill at any moment: it goes on from the stored cursor. Log lines go to stderr; on a terminal it shows what
     it does instead, unless `log.format` is "console". As a service, SIGHUP makes it read the configuration again: what
-    is watched, the key and the log level change at once.
+    is watched, the key, the page's token and the log level change at once.
     """
     from worker import app, config, logs, terminal
 
