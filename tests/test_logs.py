@@ -81,14 +81,14 @@ def test_repeats_are_held_back() -> None:
 async def test_a_flood_of_many_runs(shell: Shell) -> None:
     """A worker whose runs all fail at once writes a few lines of it, and goes on trying."""
     for _ in range(40):
-        shell.letta.new_run().say("hello")
+        shell.letta.new_run(shell.letta.new_conversation()).say("hello")
     broken = Answer(500, on="stream", times=None)
     shell.letta.faults.append(broken)
     life = shell.start("run", environ={"LETTA_INGEST_LETTA__MAX_STREAMS": "40"})
     await until(lambda: broken.fired > 3 * LINES_A_MINUTE, 20)
     lines = [line for line in shell.logged(life) if line["event"] == "run.reconnecting"]
     assert len(lines) == LINES_A_MINUTE
-    assert all(line["run_id"] for line in lines)
+    assert all(line["run_id"] and line["conversation_id"] for line in lines)
     assert await shell.stop(life) == 0
 
 

@@ -83,7 +83,8 @@ async def run(
         async with Monitor(config.service.listen, health, metrics, Census(seen, metrics), page.install):
             _on_stop_signals(service.stop)
             if reread is not None:
-                _reload_on_signal(service, Reload(config, reread, watch_again, letta, log))
+                reload = Reload(config, reread, watch_again, letta, log, use_page_token=page.use_token)
+                _reload_on_signal(service, reload)
             log.info(
                 "worker.started",
                 version=version("letta-ingest"),
@@ -192,7 +193,7 @@ def _on_stop_signals(stop: Callable[[], object]) -> None:
 
 def _reload_on_signal(service: Service, reload: Reload) -> None:
     def on_signal() -> None:
-        with systemd.reloading() if service.is_ready else contextlib.nullcontext():
+        with systemd.reloading(service.say_ready) if service.is_ready else contextlib.nullcontext():
             reload.reload()
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_signal)

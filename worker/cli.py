@@ -111,7 +111,7 @@ def run(
 
     Safe to kill at any moment: it goes on from the stored cursor. Log lines go to stderr; on a terminal it shows what
     it does instead, unless `log.format` is "console". As a service, SIGHUP makes it read the configuration again: what
-    is watched, the key and the log level change at once.
+    is watched, the key, the page's token and the log level change at once.
     """
     from worker import app, config, logs, terminal
 
@@ -311,14 +311,20 @@ def _status_table(figures: Status) -> Group:
     ]
     if not figures.unfinished:
         return Group(*lines)
+    # Two lines a run: its two ids alone would fill the 80 columns of a terminal.
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("unfinished run", "conversation", "state", "status", "cursor", "last chunk", "expires in"):
-        table.add_column(column, no_wrap=column == "unfinished run")
+    for column in ("unfinished run\nconversation", "state\nstatus", "cursor", "last chunk\nexpires in"):
+        table.add_column(column, no_wrap=True)
     for run in figures.unfinished:
-        last = "-" if run.last_chunk_seconds_ago is None else f"{run.last_chunk_seconds_ago:.0f} s ago"
+        last = "-" if run.last_chunk_seconds_ago is None else f"{max(0, run.last_chunk_seconds_ago):.0f} s ago"
         minutes = f"{run.seconds_to_expiry / 60:.0f} min"
-        cells = (run.run_id, run.conversation_id or "(agent-direct)", run.state, run.status, run.cursor, last, minutes)
-        table.add_row(*(Text(printable(cell)) for cell in cells))
+        pairs = (
+            (run.run_id, run.conversation_id or "(agent-direct)"),
+            (run.state, run.status),
+            (run.cursor,),
+            (last, minutes),
+        )
+        table.add_row(*(Text("\n".join(map(printable, pair))) for pair in pairs))
     return Group(*lines, "", table)
 
 

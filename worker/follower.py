@@ -71,7 +71,7 @@ class Follower:
         self._record = run.record
         self._with = equipment
         self._places = places
-        self._log = equipment.log.bind(run_id=run.record.run_id)
+        self._log = equipment.log.bind(run_id=run.record.run_id, conversation_id=run.record.conversation_id)
         self._runlog = RunLog(run.record.run_id, run.cursor, run.chunk_count)
         # What this process hears from a run's first chunk to its last need not be read back to be compared.
         self._heard = Assembly(keeps_texts=False) if run.cursor == run.chunk_count == 0 else None

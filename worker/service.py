@@ -56,6 +56,7 @@ class Service:
         self._has_old_runs.set()
         self.is_ready = False
         """The database takes what is written, and the runs have been listed once."""
+        self._has_said_ready = False
         equipment.metrics.expires_at.set_function(self._expires_at)
 
     def stop(self) -> None:
@@ -136,7 +137,7 @@ class Service:
         self._with.metrics.discovery_at.set_to_current_time()
         if not self.is_ready:
             self.is_ready = True
-            systemd.notify("READY=1")
+            self.say_ready()
         return count
 
     def _take_up(self, found: list[StoredRun]) -> None:
@@ -235,13 +236,18 @@ class Service:
         oldest = min((at for at in self._created_at.values() if at > streams_since), default=None)
         return math.inf if oldest is None else oldest.timestamp() + STREAM_EXPIRY.total_seconds()
 
+    def say_ready(self) -> None:
+        """Tell systemd so; what it has no room for is said again with the next status."""
+        self._has_said_ready = systemd.notify("READY=1")
+
     async def _tell_status(self) -> None:
         """Keep the line that `systemctl status` shows true."""
         told = None
         while True:
+            if self.is_ready and not self._has_said_ready:
+                self.say_ready()
             line = self._status()
-            if line != told:
-                systemd.notify(f"STATUS={line}")
+            if line != told and systemd.notify(f"STATUS={line}"):
                 told = line
             await asyncio.sleep(STATUS_SECONDS)
 

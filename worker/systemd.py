@@ -7,17 +7,17 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
-def notify(state: str) -> None:
-    """Send e.g. `READY=1`, `WATCHDOG=1` or `STOPPING=1`.
+def notify(state: str) -> bool:
+    """Send e.g. `READY=1`, `WATCHDOG=1` or `STOPPING=1`; whether it went out, or nobody wants it.
 
     Never raises and never waits: a deaf systemd must not stop the worker.
     """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
-        return
+        return True
     if address.startswith("@"):  # Linux's abstract namespace
         address = "\0" + address[1:]
     try:
@@ -25,17 +25,18 @@ def notify(state: str) -> None:
             sender.settimeout(0)  # the queue of a reader that is behind fills up, and sending would wait for it
             sender.sendto(state.encode(), address)
     except OSError:
-        pass
+        return False
+    return True
 
 
 @contextlib.contextmanager
-def reloading() -> Iterator[None]:
+def reloading(say_ready: Callable[[], None]) -> Iterator[None]:
     """While the block runs, systemd shows the service as reloading. Only for a service that has said READY=1."""
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
         yield
     finally:
-        notify("READY=1")
+        say_ready()
 
 
 def watchdog_interval() -> float | None:

@@ -17,6 +17,8 @@ SECONDS_A_FRAME = 1.0
 RUNS_SHOWN = 8
 TROUBLES_SHOWN = 3
 FIGURES = ("Streams open", "Lag", "Waiting for commit", "Last commit", "Runs stored", "Open gaps")
+FOLLOWED = {0: "run", 2: "state", 4: "cursor", 5: "last chunk", 6: "expires in"}
+"""What is told of a run, by its place in the status page's row: what 80 columns have room for."""
 STYLES = {"ready": "bold green", "degraded": "bold yellow", "stuck": "bold red"}
 
 
@@ -80,9 +82,9 @@ def _figures(seen: View) -> Table:
 
 
 def _followed(seen: View) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("run", "conversation", "state", "status", "cursor", "last chunk", "expires in"):
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    for column in FOLLOWED.values():
         table.add_column(column, no_wrap=True, overflow="ellipsis")
     for row in seen.followed[:RUNS_SHOWN]:
-        table.add_row(*(Text(cell.text) for cell in row))
+        table.add_row(*(Text(row[place].text) for place in FOLLOWED))
     return table

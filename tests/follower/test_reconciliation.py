@@ -63,7 +63,9 @@ async def test_a_stored_message_that_differs_is_told(rig_on_both: Rig, letta: Fa
     await rig_on_both.follow(run)
     detail = f"assistant_message {answer.message['id']}: its text differs from the stored one"
     assert await verdict(rig_on_both, run) == ("differs", detail, "differs")
-    assert rig_on_both.log.of("run.differs") == [{"run_id": run.id, "differences": [detail]}]
+    assert rig_on_both.log.of("run.differs") == [
+        {"run_id": run.id, "conversation_id": run.conversation_id, "differences": [detail]}
+    ]
     assert (await rig_on_both.row(run))["state"] == "complete"
 
 

@@ -259,11 +259,12 @@ async def test_connection_broken(letta: FakeLetta, client: LettaClient, after_by
 
 
 async def test_connection_refused(letta: FakeLetta, client: LettaClient) -> None:
-    """A port nobody listens on is trouble."""
+    """A port nobody listens on is trouble, and no word of TLS is said where there is none."""
     await letta.stop_listening()
 
-    with pytest.raises(TroubleError, match="Connect"):
+    with pytest.raises(TroubleError, match="Connect") as trouble:
         await client.server_version()
+    assert "ssl" not in str(trouble.value)
 
 
 STREAMING = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"

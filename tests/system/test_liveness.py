@@ -165,6 +165,22 @@ async def test_deaf_systemd(letta: FakeLetta, sqlite_url: str, tmp_path: Path, s
         await systemd.hears("WATCHDOG=1", times=3)
 
 
+async def test_ready_is_said_again(letta: FakeLetta, sqlite_url: str, tmp_path: Path, systemd: Systemd) -> None:
+    """Promise 4: READY=1 for which systemd's queue had no room is said again, once, when it has room."""
+    shell = Shell(letta, tmp_path, sqlite_url, listen=free_address())
+    await letta.stop_listening()
+    async with unready_worker(shell, systemd) as life:
+        await shell.until_logged(life, "discovery.failed")
+        assert systemd.said("READY") == []
+        systemd.fill()
+        await letta.start_listening()
+        await until_asked(shell.listen, "/readyz", 200)
+        assert systemd.fill() == 0, "somebody has read"
+        await until(lambda: systemd.said("READY") == ["1"], 10)
+        await asyncio.sleep(0.5)
+        assert systemd.said("READY") == ["1"], "said again although it was heard"
+
+
 async def test_database_away_from_an_idle_worker(letta: FakeLetta, tmp_path: Path, systemd: Systemd) -> None:
     """Promise 4: even with nothing to write the worker finds out that its database is gone, says so, and recovers."""
     with running_postgres() as server:

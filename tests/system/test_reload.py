@@ -7,11 +7,12 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 from tests.support.lives import Life, until
 from tests.support.looks import looking
-from tests.support.shell import SECRET, Shell
+from tests.support.shell import SECRET, Shell, free_address
 from tests.support.systemd import Systemd
 from worker.demo.fake_letta import FakeLetta
 
@@ -26,7 +27,7 @@ letta = {{ base_url = "{url}", api_key_file = "{key_file}", max_streams = {max_s
 watch = {watch}
 storage = {{ url = "{database_url}" }}
 discovery = {{ interval = 0.2 }}
-service = {{ listen = "127.0.0.1:0" }}
+service = {{ listen = "{listen}"{page_token} }}
 log = {{ level = "{level}" }}
 """
 
@@ -45,6 +46,8 @@ class Service:
             "database_url": shell.database_url,
             "watch": f'{{ conversations = ["{conversation}"] }}',
             "level": "info",
+            "listen": free_address(),
+            "page_token": "",
             "max_streams": 16,
         }
         self.key_file.write_text(SECRET)
@@ -62,6 +65,12 @@ class Service:
         before = len(self._systemd.said("READY"))
         os.kill(self.life.pid, signal.SIGHUP)
         await until(lambda: len(self._systemd.said("READY")) > before, 10)
+
+    async def page(self, token: str) -> int:
+        """The status code with which the status page answers somebody who holds this token."""
+        async with httpx.AsyncClient(trust_env=False) as client:
+            url = f"http://{self._values['listen']}/"
+            return (await client.get(url, auth=("anybody", token))).status_code
 
     async def stored(self) -> set[str]:
         """The runs that are in the store."""
@@ -123,6 +132,18 @@ async def test_what_may_change_does(letta: FakeLetta, service: Service, systemd:
     assert watched.id in {line["run_id"] for line in service.logged("run.reconnecting") if line["level"] == "debug"}
     assert systemd.said("RELOADING") == ["1"]
     assert int(systemd.said("MONOTONIC_USEC")[0]) > 0
+
+
+async def test_the_page_asks_for_the_new_token(service: Service) -> None:
+    """SIGHUP changes the status page's token; to ask for none takes a start, and until then it asks (I10)."""
+    assert await service.page("") == 200
+    for token, other in ((SECRET, NEW_SECRET), (NEW_SECRET, SECRET)):
+        await service.reload(page_token=f', page_token = "{token}"')
+        assert [await service.page(token), await service.page(other)] == [200, 401]
+    await service.reload(page_token="")
+    assert [await service.page(NEW_SECRET), await service.page("")] == [200, 401]
+    changed = [line["changed"] for line in service.logged("config.reloaded")]
+    assert changed == [["service.page_token"], ["service.page_token"], []]
 
 
 async def test_wrong_configuration_changes_nothing(letta: FakeLetta, service: Service) -> None:

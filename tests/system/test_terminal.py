@@ -164,3 +164,29 @@ async def test_colours_are_left_out_where_nobody_wants_them(letta: FakeLetta, co
     with running("--config", config, LETTA_INGEST_LOG__FORMAT="console") as terminal:
         await terminal.until("worker.started")
         assert "Streams open" not in terminal.written
+
+
+async def test_eighty_columns_are_enough(letta: FakeLetta, config: str) -> None:
+    """On 80 columns `run` and `status` show ids, states and times of a run whole; in a pipe status is plain (I7)."""
+    run = talking(letta)
+    with running("--config", config, COLUMNS="80") as terminal:
+        shown = COLOURS.sub("", await terminal.until(f"{run.id} following 2"))
+        assert re.search(rf"{run.id} following 2 +\d+ s ago +2 h \d+ min", shown), shown
+        terminal.process.terminate()
+        assert await terminal.ended() == 0
+    status = [sys.executable, "-m", "worker", "status", "--config", config]
+    piped = await asyncio.to_thread(
+        subprocess.run, status, capture_output=True, text=True, check=True, env={"COLUMNS": "80"}
+    )
+    on_terminal = Terminal(["status", "--config", config], {"COLUMNS": "80"})
+    try:
+        assert await on_terminal.ended() == 0
+        screen = COLOURS.sub("", on_terminal.written)
+    finally:
+        on_terminal.close()
+    for lines in (piped.stdout.splitlines(), screen.splitlines()):
+        table = [line.split() for line in lines[-2:]]
+        assert [row[0] for row in table] == [run.id, run.conversation_id]
+        assert [row[1] for row in table] == ["following", "running"]
+        assert max(map(len, lines)) <= 80
+    assert "\x1b" not in piped.stdout

@@ -291,4 +291,5 @@ def _described(error: Exception) -> str:
         return "ServerDisconnectedError"  # its text may be half an answer with all its headers
     if type(cause) is TimeoutError and not str(cause):
         return f"the answer was not whole after {ANSWER_SECONDS:.0f} s"
-    return f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
+    said = str(cause).replace(" ssl:default", "")  # aiohttp's word for its default, also where there is no TLS
+    return f"{type(cause).__name__}: {said}" if said else type(cause).__name__

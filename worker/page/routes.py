@@ -8,6 +8,7 @@ from http import HTTPStatus
 
 import msgspec
 from aiohttp import web
+from pydantic import SecretStr
 
 from worker.errors import RefusedError
 from worker.logs import shown
@@ -42,6 +43,10 @@ class Page:
         self._access = access
         self._listeners = 0
         self._closing = asyncio.Event()
+
+    def use_token(self, token: SecretStr) -> None:
+        """Ask for this one from now on."""
+        self._access = msgspec.structs.replace(self._access, token=token)
 
     def install(self, app: web.Application) -> None:
         """Add the routes to an application; its shutdown ends them."""
