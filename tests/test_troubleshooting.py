@@ -196,6 +196,11 @@ def change_the_key(command: str) -> Callable[[Shell], Awaitable[Done]]:
     return provoke
 
 
+async def leave_the_key_out(shell: Shell) -> Done:
+    """Of the configuration."""
+    return await shell.do("run", config=f"{ALL}[letta]\nbase_url = '{shell.letta.url}'")
+
+
 async def take_redis_away(shell: Shell) -> Done:
     """From the server."""
     shell.letta.redis = "none"
@@ -380,6 +385,7 @@ PROVOCATIONS: dict[str, Callable[[Shell], Awaitable[Done]]] = {
     "A page instead of data": answer(Answer(200, b"<h1>Welcome</h1>", on="health", content_type="text/html")),
     "A certificate that is not trusted": serve_with_an_unknown_certificate,
     "The key is refused": change_the_key("run"),
+    "A key is wanted": leave_the_key_out,
     "The key is refused, seen by check": change_the_key("check"),
     "The list of runs cannot be read": answer(Answer(500, IN_TROUBLE, on="runs")),
     "No background streaming": take_redis_away,

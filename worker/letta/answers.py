@@ -41,7 +41,10 @@ def error_of(status: int, headers: Mapping[str, str], body: bytes, key: str = ""
     error: WorkerError
     if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
         error = RefusedError(
-            f"the Letta server refuses the API key ({message}): set letta.api_key or letta.api_key_file"
+            f"the Letta server refuses the API key ({message}): put the right one into letta.api_key or"
+            " letta.api_key_file"
+            if key
+            else f"the Letta server wants an API key ({message}): set letta.api_key or letta.api_key_file"
         )
     elif status == HTTPStatus.NOT_FOUND and not _is_letta_own(body):
         # A proxy without its backend says 404 too, and a run must not be given up for that.
