@@ -217,7 +217,7 @@ async def test_a_lot_dropped_under_the_worker_is_made_again(postgresql_store: St
             dropped.append(statement)
             cursor.execute("DROP TABLE pg_temp.chunk_lot")
 
-    await postgresql_store.write(known("run-1"), lot("run-1", 1, 1))
+    await postgresql_store.write(known("run-1"))
     sa.event.listen(postgresql_store.engine.sync_engine, "after_cursor_execute", drop)
     with pytest.raises(asyncpg.UndefinedTableError, match="chunk_lot") as raised:
         await postgresql_store.write(lot("run-1", 1, 3))

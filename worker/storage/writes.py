@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-import asyncpg
 import msgspec
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -84,8 +83,11 @@ class Dialect(Protocol):
     def time(self, at: dt.datetime) -> Any:
         """A time as the statements below take it."""
 
+    async def load_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
+        """Bring rows to the server before any lock is taken: who falls silent meanwhile must hold up nobody."""
+
     async def insert_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
-        """Insert if absent; a row has the values of CHUNK_COLUMNS."""
+        """Insert if absent what was loaded; a row has the values of CHUNK_COLUMNS."""
 
     async def move_cursors(self, connection: AsyncConnection, moves: list[tuple[Any, ...]]) -> set[str]:
         """Move forward; a move is (cursor, count, state or None, error or None, time, run_id).
@@ -103,6 +105,8 @@ async def write(connection: AsyncConnection, dialect: Dialect, writes: Sequence[
     run_writes = sorted((w for w in writes if isinstance(w, RunWrite)), key=lambda w: w.run_id)
     listed = {run.run_id for sweep in sweeps for run in sweep.runs}
     rows = [row for w in run_writes if w.accepted for row in _chunk_rows(w, w.accepted, dialect.time(w.at))]
+    if rows:
+        await dialect.load_chunks(connection, rows)
     if run_ids := listed.union(w.run_id for w in run_writes):
         await dialect.lock_runs(connection, sorted(run_ids))
     for sweep in sweeps:
@@ -346,6 +350,9 @@ class SqliteDialect:
         """As SQLAlchemy writes it: naive ISO text in UTC with microseconds, so that text order is time order."""
         return at.astimezone(dt.UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
 
+    async def load_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
+        """There is no server."""
+
     async def insert_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
         """See Dialect."""
         for start in range(0, len(rows), self.ROWS_A_STATEMENT):
@@ -365,14 +372,7 @@ class SqliteDialect:
 
 
 class PostgresDialect:
-    """PostgreSQL: COPY, which is an error when a row is there already.
-
-    From the first such error on, COPY into a table of the connection's own, and from there insert-if-absent: for that
-    the server takes twice as long.
-    """
-
-    def __init__(self) -> None:
-        self._meets_duplicates = False
+    """PostgreSQL: COPY into a table of the connection's own, and from there insert-if-absent in one statement."""
 
     _MAKE_LOT = "CREATE TEMPORARY TABLE IF NOT EXISTS chunk_lot (LIKE chunks) ON COMMIT DELETE ROWS"
     _COLUMNS = ", ".join(CHUNK_COLUMNS)
@@ -399,26 +399,15 @@ class PostgresDialect:
         """See Dialect."""
         return at
 
-    async def insert_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
+    async def load_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
         """See Dialect."""
-        if not self._meets_duplicates:
-            try:
-                async with connection.begin_nested():
-                    await self._copy(connection, rows, "chunks")
-            except asyncpg.UniqueViolationError:
-                # A second worker, or a commit of which nobody knows whether it came through. Told once only, because
-                # PostgreSQL logs it as an error each time.
-                self._meets_duplicates = True
-        if self._meets_duplicates:
-            await connection.exec_driver_sql(self._MAKE_LOT)
-            await self._copy(connection, rows, "chunk_lot", schema="pg_temp")
-            await connection.exec_driver_sql(self._INSERT)
-
-    async def _copy(
-        self, connection: AsyncConnection, rows: list[tuple[Any, ...]], table: str, schema: str | None = None
-    ) -> None:
+        await connection.exec_driver_sql(self._MAKE_LOT)
         driver: Any = (await connection.get_raw_connection()).driver_connection
-        await driver.copy_records_to_table(table, schema_name=schema, columns=CHUNK_COLUMNS, records=rows)
+        await driver.copy_records_to_table("chunk_lot", schema_name="pg_temp", columns=CHUNK_COLUMNS, records=rows)
+
+    async def insert_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:  # noqa: ARG002 - loaded
+        """See Dialect."""
+        await connection.exec_driver_sql(self._INSERT)
 
     async def move_cursors(self, connection: AsyncConnection, moves: list[tuple[Any, ...]]) -> set[str]:
         """See Dialect."""
