@@ -85,7 +85,8 @@ async def test_cancelled_and_read_again(letta: LettaUnderTest, client: httpx.Asy
 
     assert {tuple(lines[-2:]) for lines in [slow, *rest[:-1]]} == {(CANCELLED, "end: EOF")}
     assert rest[-1][-3:] == [CANCELLED, "[DONE]", "end: EOF"]
-    assert [number for lines in [slow, *rest] for number in numbers(lines)] == list(range(1, 2002))
+    heard = [number for lines in [slow, *rest] for number in numbers(lines)]
+    assert heard in (list(range(1, 2002)), list(range(1, 2003)))  # the word under way comes through, or it does not
     unheard = [line for line in too_late[1:] if not line.startswith("ping")]
     assert (set(unheard[:-1]), unheard[-1]) == ({CANCELLED}, "end: EOF")
 
