@@ -8,7 +8,7 @@ import re
 import sqlite3
 import ssl
 import sys
-from contextlib import asynccontextmanager, closing
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +18,8 @@ import pytest
 
 from tests.faults.database_disk import TinyDisk
 from tests.support.postgres import PostgresServer, running_postgres
-from tests.support.shell import SECRET, Done, Shell
+from tests.support.shell import SECRET, Done, Shell, shell_on
 from worker.demo.fake_faults import Answer
-from worker.demo.fake_letta import FakeLetta
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -414,20 +413,8 @@ PROVOCATIONS: dict[str, Callable[[Shell], Awaitable[Done]]] = {
 @pytest.fixture
 async def shell(tmp_path: Path, sqlite_url: str) -> AsyncIterator[Shell]:
     """Commands on SQLite and a server that asks for a key."""
-    async with serving_shell(tmp_path, sqlite_url) as made:
+    async with shell_on(sqlite_url, tmp_path) as made:
         yield made
-
-
-@asynccontextmanager
-async def serving_shell(folder: Path, url: str) -> AsyncIterator[Shell]:
-    """The same, without pytest."""
-    async with FakeLetta(keepalive_interval=0.2, password=SECRET, seed=1) as letta:
-        made = Shell(letta, folder, url)
-        try:
-            yield made
-        finally:
-            for life in made.lives:
-                life.kill()
 
 
 def confirm(title: str, done: Done) -> None:
