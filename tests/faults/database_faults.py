@@ -10,7 +10,7 @@ import sys
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import asyncpg
 import sqlalchemy as sa
@@ -18,9 +18,8 @@ import sqlalchemy as sa
 from tests.faults.database_proxy import DatabaseProxy
 
 if TYPE_CHECKING:
+    import sqlite3
     from collections.abc import AsyncIterator, Awaitable, Callable
-
-    import aiosqlite
 
     from tests.support.postgres import PostgresServer
     from tests.support.rig import Rig
@@ -231,18 +230,15 @@ async def full(folder: Path) -> AsyncIterator[Fault]:
     errors: list[str] = []
     is_full = True
 
-    async def limit(driver: aiosqlite.Connection) -> None:
-        await (await driver.execute(f"PRAGMA max_page_count = {1 if is_full else 1 << 30}")).close()  # never below now
-
-    def take_up(connection: Any, *_: object) -> None:
-        connection.run_async(limit)
+    def take_up(connection: sqlite3.Connection, *_: object) -> None:
+        connection.execute(f"PRAGMA max_page_count = {1 if is_full else 1 << 30}").close()  # never below now
 
     def note(context: sa.ExceptionContext) -> None:
         errors.append(getattr(context.original_exception, "sqlite_errorname", ""))
 
     async def begin(rig: Rig) -> None:
-        sa.event.listen(rig.engine.sync_engine, "checkout", take_up)
-        sa.event.listen(rig.engine.sync_engine, "handle_error", note)
+        sa.event.listen(rig.committer.transactions.engine, "checkout", take_up)
+        sa.event.listen(rig.committer.transactions.engine, "handle_error", note)
 
     async def end() -> None:
         nonlocal is_full

@@ -18,8 +18,6 @@ from worker.errors import WorkerError
 from worker.patience import Patience
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine
-
     from tests.support.rig import Rig
     from worker.demo.fake_letta import FakeLetta
     from worker.service import Service
@@ -40,14 +38,16 @@ class KilledError(BaseException):
 class Death:
     """Waits at the database for its moment; once it has come, no statement passes any more."""
 
-    def __init__(self, engine: AsyncEngine, tally: Counter[str]) -> None:
+    def __init__(self, rig: Rig, tally: Counter[str]) -> None:
         self.has_come = False
         self._tally = tally
         self._moment: Moment | None = None
         self._countdown = 0
-        sa.event.listen(engine.sync_engine, "before_cursor_execute", self._at_statement)
-        self._commit = engine.dialect.do_commit
-        engine.dialect.do_commit = self._at_commit  # type: ignore[method-assign]
+        writing = rig.committer.transactions.engine
+        for engine in {writing, rig.engine.sync_engine}:
+            sa.event.listen(engine, "before_cursor_execute", self._at_statement)
+        self._commit = writing.dialect.do_commit
+        writing.dialect.do_commit = self._at_commit  # type: ignore[method-assign]
 
     def await_moment(self, moment: Moment, countdown: int) -> None:
         """Come at this moment, after letting so many of its kind pass."""
@@ -104,7 +104,7 @@ class Life:
     async def _live(self) -> None:
         settings: dict[str, Any] = {"waits": PROMPT, "ca_file": CA_FILE, **self._settings}
         async with working(self._letta, self._url, commits=False, **settings) as rig:
-            self._rig, self._death = rig, Death(rig.engine, self._tally)
+            self._rig, self._death = rig, Death(rig, self._tally)
             self._service = await rig.service(interval=0.05, max_streams=settings["max_streams"])
             try:
                 await self._service.run()

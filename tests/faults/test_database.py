@@ -208,10 +208,10 @@ async def test_slow_commits_of_sqlite(letta: FakeLetta, sqlite_url: str) -> None
             time.sleep(COMMIT_SECONDS)
 
     def slow_down(connection: Any, *_: object) -> None:
-        connection.run_async(lambda driver: driver.set_trace_callback(linger))
+        connection.set_trace_callback(linger)
 
     async with trial(letta, sqlite_url, sqlite_url) as it:
-        sa.event.listen(it.rig.engine.sync_engine, "checkout", slow_down)
+        sa.event.listen(it.rig.committer.transactions.engine, "checkout", slow_down)
         await bear_slowness(it)
 
 

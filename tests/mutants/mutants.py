@@ -63,9 +63,9 @@ TEN = (
         name="rows-and-cursor-apart",
         bug="Rows are committed in one transaction, and gaps, cursor and state in the next.",
         file="worker/storage/writes.py",
-        was="await dialect.insert_chunks(connection, rows)",
-        becomes="await dialect.insert_chunks(connection, rows);"
-        ' [await connection.exec_driver_sql(word) for word in ("COMMIT", "BEGIN")]',
+        was="dialect.insert_chunks(connection, rows)",
+        becomes="dialect.insert_chunks(connection, rows);"
+        ' [connection.exec_driver_sql(word) for word in ("COMMIT", "BEGIN")]',
         killed_by="tests/storage/test_atomic.py::test_a_failure_at_any_statement_leaves_nothing[sqlite]",
     ),
     Mutant(

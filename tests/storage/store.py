@@ -12,6 +12,7 @@ from worker.core.records import RunRecord
 from worker.core.runlog import Accepted, Gap, Reject, Row
 from worker.storage import schema, tables
 from worker.storage.engine import create_engine, is_sqlite
+from worker.storage.transactions import Transactions
 from worker.storage.writes import Dialect, PostgresDialect, RunWrite, SqliteDialect, SweepWrite, Write, write
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Store:
     def __init__(self, url: str) -> None:
         self.url = url
         self.engine = create_engine(url)
+        self.transactions = Transactions(self.engine)
         self.dialect: Dialect = SqliteDialect() if is_sqlite(self.engine) else PostgresDialect()
 
     async def __aenter__(self) -> Self:
@@ -80,12 +82,12 @@ class Store:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self.transactions.close()
         await self.engine.dispose()
 
     async def write(self, *writes: Write) -> None:
         """Write all of this in one transaction."""
-        async with self.engine.begin() as connection:
-            await write(connection, self.dialect, writes)
+        await self.transactions.run(lambda connection: write(connection, self.dialect, writes))
 
     async def all(self, query: sa.Select[Any]) -> list[Any]:
         """The rows of a query."""

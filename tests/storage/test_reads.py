@@ -80,8 +80,8 @@ async def test_reading_and_writing_do_not_wait_for_each_other(store: Store) -> N
         await reader.execute(sa.text("SELECT * FROM chunks"))
         await store.write(lot("run-1", 4, 6))
         async with store.engine.begin() as writer:
-            await store.dialect.lock_runs(writer, ["run-1"])
-            await store.dialect.move_cursors(writer, [(9, 9, "complete", None, AT, "run-1")])
+            await writer.run_sync(store.dialect.lock_runs, ["run-1"])
+            await writer.run_sync(store.dialect.move_cursors, [(9, 9, "complete", None, AT, "run-1")])
             run = await reads.run("run-1")
             assert run is not None
             assert (run.cursor, run.state) == (6, "following")

@@ -115,7 +115,7 @@ class _Limit:
     """A disk with room for so many pages, as SQLite itself pretends it: the error is the real one."""
 
     def __init__(self, store: Store, pages: int) -> None:
-        self._engine = store.engine.sync_engine
+        self._engine = store.transactions.engine
         self._pages = pages
         sa.event.listen(self._engine, "begin", self._set)
 

@@ -184,10 +184,14 @@ async def test_a_row_that_breaks_a_rule_stops_the_transaction(store: Store) -> N
     await store.write(known("run-1"))
     good = ("run-1", 1, None, None, None, None, "{}", AT, "wire")
     bad = ("run-1", 2, None, None, None, None, "{}", AT, "guessed")
-    async with store.engine.connect() as connection:
-        await store.dialect.load_chunks(connection, [good, bad])
+
+    def insert(connection: sa.Connection) -> None:
+        store.dialect.load_chunks(connection, [good, bad])
         with pytest.raises(DBAPIError):
-            await store.dialect.insert_chunks(connection, [good, bad])
+            store.dialect.insert_chunks(connection, [good, bad])
+        connection.rollback()
+
+    await store.transactions.run(insert)
     assert await store.chunks("run-1") == {}
 
 

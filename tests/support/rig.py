@@ -294,11 +294,14 @@ def checked_commits(rig: Rig) -> Iterator[None]:
         rig.commit_count += 1
         rig.violations += list(broken_invariants(connection, cursors))
 
-    sa.event.listen(rig.engine.sync_engine, "commit", look)
+    engines = {rig.engine.sync_engine, rig.committer.transactions.engine}
+    for engine in engines:
+        sa.event.listen(engine, "commit", look)
     try:
         yield
     finally:
-        sa.event.remove(rig.engine.sync_engine, "commit", look)
+        for engine in engines:
+            sa.event.remove(engine, "commit", look)
 
 
 COUNTED = """

@@ -89,7 +89,7 @@ class _Watcher:
             commit = DefaultDialect.do_commit
 
             def observed(dialect: DefaultDialect, connection: Any) -> None:
-                self._watch_socket(connection.driver_connection)
+                self._watch_socket(connection)
                 self._is_committing = self._brings_chunks
                 commit(dialect, connection)
                 self._is_committing = False
@@ -136,10 +136,12 @@ class _Watcher:
 
     # What goes to PostgreSQL
 
-    def _watch_socket(self, driver: Any) -> None:
-        if self._strike.boundary not in ON_WIRE or driver._transport in self._transports:
+    def _watch_socket(self, connection: Any) -> None:
+        if self._strike.boundary not in ON_WIRE:
             return
-        transport = driver._transport
+        transport = connection.driver_connection._transport
+        if transport in self._transports:
+            return
         self._transports.append(transport)
         write = transport.write
 

@@ -21,6 +21,7 @@ from worker.errors import InvariantError, RefusedError
 from worker.logs import Log
 from worker.metrics import Metrics
 from worker.storage.engine import describe, is_outage, is_refusal, is_sqlite, is_timeout, outage_retries
+from worker.storage.transactions import Transactions
 from worker.storage.writes import PostgresDialect, RunWrite, SqliteDialect, Write, write
 
 MAX_WAITING_BYTES = 32 * 1024 * 1024
@@ -47,7 +48,7 @@ class Committer:
     """Start `run` as a task, then `submit` from any number of other tasks."""
 
     def __init__(self, engine: AsyncEngine, log: Log, metrics: Metrics) -> None:
-        self._engine = engine
+        self.transactions = Transactions(engine)
         self._log = log
         self._metrics = metrics
         self._dialect = SqliteDialect() if is_sqlite(engine) else PostgresDialect()
@@ -110,6 +111,8 @@ class Committer:
         except BaseException as failure:
             self._fail(failure)
             raise
+        finally:
+            self.transactions.close()
 
     async def drain(self) -> None:
         """Wait until everything submitted so far is durable."""
@@ -167,8 +170,7 @@ class Committer:
     async def _commit_once(self, lot: list[Write]) -> None:
         started = time.monotonic()
         try:
-            async with self._engine.begin() as connection:
-                await write(connection, self._dialect, lot)
+            await self.transactions.run(lambda connection: write(connection, self._dialect, lot))
         except Exception as error:
             if len(lot) > 1 and is_timeout(error):
                 # What a slow database cannot take in the time that is allowed it could never take, however often.

@@ -111,10 +111,28 @@ def _sqlite_engine(url: URL) -> AsyncEngine:
     engine = create_async_engine(
         url, connect_args={"timeout": BUSY_TIMEOUT_SECONDS}, pool_size=4, max_overflow=0, hide_parameters=True
     )
-    path = Path(url.database or "")
+    _prepare_sqlite(engine.sync_engine)
+    return engine
+
+
+def threaded_engine(url: URL) -> sa.Engine:
+    """An engine for the same SQLite file, with one connection, whose callers wait for it in a thread of theirs."""
+    engine = sa.create_engine(
+        url.set(drivername="sqlite"),
+        connect_args={"timeout": BUSY_TIMEOUT_SECONDS},
+        pool_size=1,
+        max_overflow=0,
+        hide_parameters=True,
+    )
+    _prepare_sqlite(engine)
+    return engine
+
+
+def _prepare_sqlite(engine: sa.Engine) -> None:
+    path = Path(engine.url.database or "")
     identity: _Identity | None = None
 
-    @sa.event.listens_for(engine.sync_engine, "do_connect")
+    @sa.event.listens_for(engine, "do_connect")
     def prepare(*_: object) -> None:
         nonlocal identity
         if identity is None:
@@ -122,7 +140,7 @@ def _sqlite_engine(url: URL) -> AsyncEngine:
             identity = _identity(path)
         _require_same(path, identity)
 
-    @sa.event.listens_for(engine.sync_engine, "connect")
+    @sa.event.listens_for(engine, "connect")
     def configure(connection: Any, _: object) -> None:
         connection.isolation_level = None  # transactions are begun below, and by nobody else
         cursor = connection.cursor()
@@ -130,14 +148,12 @@ def _sqlite_engine(url: URL) -> AsyncEngine:
         cursor.execute("PRAGMA synchronous=FULL")
         cursor.close()
 
-    @sa.event.listens_for(engine.sync_engine, "begin")
+    @sa.event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:
         _require_same(path, identity)
         # IMMEDIATE: a transaction that turned writer half way would fail where waiting was possible.
         mode = "DEFERRED" if connection.get_execution_options().get("reads_only") else "IMMEDIATE"
         connection.exec_driver_sql(f"BEGIN {mode}")
-
-    return engine
 
 
 def _make_private(path: Path) -> None:

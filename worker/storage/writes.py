@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import msgspec
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from worker.core.messages import Comparison, Message, storable
 from worker.core.records import ENDED_STATUSES, MessageRecord, RunRecord
@@ -77,19 +76,19 @@ POSITION_SCOPE = "*"
 class Dialect(Protocol):
     """The statements on the hot path, and what else differs between the two databases."""
 
-    async def lock_runs(self, connection: AsyncConnection, run_ids: list[str]) -> None:
+    def lock_runs(self, connection: sa.Connection, run_ids: list[str]) -> None:
         """Take the runs' rows in one fixed order, so that two workers never deadlock."""
 
     def time(self, at: dt.datetime) -> Any:
         """A time as the statements below take it."""
 
-    async def load_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
+    def load_chunks(self, connection: sa.Connection, rows: list[tuple[Any, ...]]) -> None:
         """Bring rows to the server before any lock is taken: who falls silent meanwhile must hold up nobody."""
 
-    async def insert_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
+    def insert_chunks(self, connection: sa.Connection, rows: list[tuple[Any, ...]]) -> None:
         """Insert if absent what was loaded; a row has the values of CHUNK_COLUMNS."""
 
-    async def move_cursors(self, connection: AsyncConnection, moves: list[tuple[Any, ...]]) -> set[str]:
+    def move_cursors(self, connection: sa.Connection, moves: list[tuple[Any, ...]]) -> set[str]:
         """Move forward; a move is (cursor, count, state or None, error or None, time, run_id).
 
         Returns those of the runs that ever had a gap, recorded by whichever worker.
@@ -99,33 +98,33 @@ class Dialect(Protocol):
         """An insert that knows ON CONFLICT."""
 
 
-async def write(connection: AsyncConnection, dialect: Dialect, writes: Sequence[Write]) -> None:
+def write(connection: sa.Connection, dialect: Dialect, writes: Sequence[Write]) -> None:
     """Write everything inside the caller's transaction: rows, gaps, cursors and states move together (I3)."""
     sweeps = [w for w in writes if isinstance(w, SweepWrite)]
     run_writes = sorted((w for w in writes if isinstance(w, RunWrite)), key=lambda w: w.run_id)
     listed = {run.run_id for sweep in sweeps for run in sweep.runs}
     rows = [row for w in run_writes if w.accepted for row in _chunk_rows(w, w.accepted, dialect.time(w.at))]
     if rows:
-        await dialect.load_chunks(connection, rows)
+        dialect.load_chunks(connection, rows)
     if run_ids := listed.union(w.run_id for w in run_writes):
-        await dialect.lock_runs(connection, sorted(run_ids))
+        dialect.lock_runs(connection, sorted(run_ids))
     for sweep in sweeps:
-        await _write_sweep(connection, dialect, sweep)
+        _write_sweep(connection, dialect, sweep)
     if not run_writes:
         return
     if rows:
-        await dialect.insert_chunks(connection, rows)
-    gapped = await dialect.move_cursors(connection, _moves(run_writes, dialect))
+        dialect.insert_chunks(connection, rows)
+    gapped = dialect.move_cursors(connection, _moves(run_writes, dialect))
     if gapped:
-        await _move_open_ends(connection, gapped)
-    await _write_gaps(connection, dialect, run_writes)
-    await _write_rejects(connection, dialect, run_writes)
+        _move_open_ends(connection, gapped)
+    _write_gaps(connection, dialect, run_writes)
+    _write_rejects(connection, dialect, run_writes)
     gapped.update(w.run_id for w in run_writes if w.accepted and (w.accepted.gaps or w.accepted.has_late_rows))
     for w in run_writes:
         if w.accepted is not None and w.run_id in gapped:
-            await _reconcile(connection, w)
+            _reconcile(connection, w)
         if w.record is not None or w.messages or w.is_settled:
-            await _write_record(connection, dialect, w)
+            _write_record(connection, dialect, w)
 
 
 def _chunk_rows(w: RunWrite, accepted: Accepted, received_at: Any) -> Iterator[tuple[Any, ...]]:
@@ -159,16 +158,16 @@ def _moves(writes: list[RunWrite], dialect: Dialect) -> list[tuple[Any, ...]]:
     return list(moves.values())
 
 
-async def _move_open_ends(connection: AsyncConnection, run_ids: set[str]) -> None:
+def _move_open_ends(connection: sa.Connection, run_ids: set[str]) -> None:
     """A gap to the unknown end begins behind the last stored number: a second worker may go on where one gave up."""
     gaps, runs = tables.gaps, tables.runs
     of_run = sa.and_(runs.c.run_id == gaps.c.run_id, runs.c.state != "complete")
     behind = sa.select(runs.c.last_seq_id + 1).where(of_run).scalar_subquery()
     open_ends = sa.and_(gaps.c.run_id.in_(sorted(run_ids)), gaps.c.last_seq_id.is_(None), gaps.c.resolved_at.is_(None))
-    await connection.execute(sa.update(gaps).where(open_ends, gaps.c.first_seq_id < behind).values(first_seq_id=behind))
+    connection.execute(sa.update(gaps).where(open_ends, gaps.c.first_seq_id < behind).values(first_seq_id=behind))
 
 
-async def _write_gaps(connection: AsyncConnection, dialect: Dialect, writes: list[RunWrite]) -> None:
+def _write_gaps(connection: sa.Connection, dialect: Dialect, writes: list[RunWrite]) -> None:
     gaps, runs = tables.gaps, tables.runs
     found = [
         {
@@ -183,7 +182,7 @@ async def _write_gaps(connection: AsyncConnection, dialect: Dialect, writes: lis
         for gap in w.accepted.gaps
     ]
     if closed := [gap for gap in found if gap["last_seq_id"] is not None]:
-        await connection.execute(dialect.insert(gaps).on_conflict_do_nothing(), closed)
+        connection.execute(dialect.insert(gaps).on_conflict_do_nothing(), closed)
     for gap in found:
         if gap["last_seq_id"] is None:
             # Behind what is stored by now, and only if nobody has seen the end meanwhile (I5).
@@ -191,10 +190,10 @@ async def _write_gaps(connection: AsyncConnection, dialect: Dialect, writes: lis
             names = ["first_seq_id", *(name for name in gap if name != "first_seq_id")]
             of_run = sa.and_(runs.c.run_id == gap["run_id"], runs.c.state != "complete")
             behind = sa.select(runs.c.last_seq_id + 1, *values).where(of_run)
-            await connection.execute(dialect.insert(gaps).from_select(names, behind).on_conflict_do_nothing())
+            connection.execute(dialect.insert(gaps).from_select(names, behind).on_conflict_do_nothing())
 
 
-async def _reconcile(connection: AsyncConnection, w: RunWrite) -> None:
+def _reconcile(connection: sa.Connection, w: RunWrite) -> None:
     """Close the gaps whose numbers have turned up after all, read by us or by a second worker; count anew.
 
     A run is `incomplete` for its gaps only (its end is known, else one of them is open-ended): without, it is complete.
@@ -207,17 +206,17 @@ async def _reconcile(connection: AsyncConnection, w: RunWrite) -> None:
     )
     is_open = sa.and_(gaps.c.run_id == w.run_id, gaps.c.resolved_at.is_(None))
     is_filled = sa.or_(present == gaps.c.last_seq_id - gaps.c.first_seq_id + 1, sa.literal(w.state == "complete"))
-    await connection.execute(sa.update(gaps).where(is_open, is_filled).values(resolution="filled", resolved_at=w.at))
+    connection.execute(sa.update(gaps).where(is_open, is_filled).values(resolution="filled", resolved_at=w.at))
     count = sa.select(sa.func.count()).where(chunks.c.run_id == w.run_id).scalar_subquery()
     is_whole = sa.and_(runs.c.state == "incomplete", ~sa.exists().where(is_open))
-    await connection.execute(
+    connection.execute(
         sa.update(runs)
         .where(runs.c.run_id == w.run_id)
         .values(chunk_count=count, state=sa.case((is_whole, "complete"), else_=runs.c.state))
     )
 
 
-async def _write_rejects(connection: AsyncConnection, dialect: Dialect, writes: list[RunWrite]) -> None:
+def _write_rejects(connection: sa.Connection, dialect: Dialect, writes: list[RunWrite]) -> None:
     found = [
         {
             "run_id": w.run_id,
@@ -232,10 +231,10 @@ async def _write_rejects(connection: AsyncConnection, dialect: Dialect, writes: 
         for reject in w.accepted.rejects
     ]
     if found:
-        await connection.execute(dialect.insert(tables.rejects).on_conflict_do_nothing(), found)
+        connection.execute(dialect.insert(tables.rejects).on_conflict_do_nothing(), found)
 
 
-async def _write_record(connection: AsyncConnection, dialect: Dialect, w: RunWrite) -> None:
+def _write_record(connection: sa.Connection, dialect: Dialect, w: RunWrite) -> None:
     """What the server's record says of the run, its messages in the order REST lists them, and the verdict."""
     run = sa.update(tables.runs).where(tables.runs.c.run_id == w.run_id)
     found: dict[str, Any] = {}
@@ -244,14 +243,14 @@ async def _write_record(connection: AsyncConnection, dialect: Dialect, w: RunWri
         if w.record.is_ended:
             found |= read
         else:
-            await connection.execute(run.where(_is_open()).values(read))
+            connection.execute(run.where(_is_open()).values(read))
     if w.comparison is not None:
         found["verdict"] = w.comparison.verdict
         found["verdict_detail"] = storable("\n".join(w.comparison.differences)) or None  # ids of any kind stand in it
     if w.is_settled:
         found["settled_at"] = w.at
     if found:
-        await connection.execute(run.values(found))
+        connection.execute(run.values(found))
     listed = [
         {
             "run_id": w.run_id,
@@ -269,7 +268,7 @@ async def _write_record(connection: AsyncConnection, dialect: Dialect, w: RunWri
         for position, message in enumerate(w.messages)
     ]
     if listed:
-        await connection.execute(dialect.insert(tables.messages).on_conflict_do_nothing(), listed)
+        connection.execute(dialect.insert(tables.messages).on_conflict_do_nothing(), listed)
     streamed = [
         {
             "run_id": w.run_id,
@@ -282,10 +281,10 @@ async def _write_record(connection: AsyncConnection, dialect: Dialect, w: RunWri
         for message in w.streamed
     ]
     if streamed:
-        await connection.execute(dialect.insert(tables.streamed_messages).on_conflict_do_nothing(), streamed)
+        connection.execute(dialect.insert(tables.streamed_messages).on_conflict_do_nothing(), streamed)
 
 
-async def _write_sweep(connection: AsyncConnection, dialect: Dialect, sweep: SweepWrite) -> None:
+def _write_sweep(connection: sa.Connection, dialect: Dialect, sweep: SweepWrite) -> None:
     if sweep.runs:
         insert = dialect.insert(tables.runs)
         changed = {name: insert.excluded[name] for name in ("status", "stop_reason", "completed_at", "updated_at")}
@@ -294,21 +293,21 @@ async def _write_sweep(connection: AsyncConnection, dialect: Dialect, sweep: Swe
             | {"state": "pending", "discovered_at": sweep.at, "updated_at": sweep.at}
             for run in sorted(sweep.runs, key=lambda run: run.run_id)
         ]
-        await connection.execute(
+        connection.execute(
             insert.on_conflict_do_update(index_elements=["run_id"], set_=changed, where=_is_open()), found
         )
     discovery = tables.discovery
     if sweep.dropped_scopes:
-        await connection.execute(sa.delete(discovery).where(discovery.c.scope.in_(sweep.dropped_scopes)))
+        connection.execute(sa.delete(discovery).where(discovery.c.scope.in_(sweep.dropped_scopes)))
     scopes: list[dict[str, Any]] = [
         {"scope": scope, "start_at": start_at, "position_at": None, "updated_at": sweep.at}
         for scope, start_at in sweep.new_scopes.items()
     ]
     if scopes:
-        await connection.execute(dialect.insert(discovery).on_conflict_do_nothing(), scopes)
+        connection.execute(dialect.insert(discovery).on_conflict_do_nothing(), scopes)
     if sweep.position_at is not None:
         insert = dialect.insert(discovery)
-        await connection.execute(
+        connection.execute(
             insert.on_conflict_do_update(
                 index_elements=["scope"],
                 set_={"position_at": insert.excluded.position_at, "updated_at": sweep.at},
@@ -343,28 +342,28 @@ class SqliteDialect:
 
     _GAPPED = "SELECT DISTINCT run_id FROM gaps WHERE run_id IN (SELECT value FROM json_each(?))"
 
-    async def lock_runs(self, connection: AsyncConnection, run_ids: list[str]) -> None:
+    def lock_runs(self, connection: sa.Connection, run_ids: list[str]) -> None:
         """BEGIN IMMEDIATE has locked everything."""
 
     def time(self, at: dt.datetime) -> str:
         """As SQLAlchemy writes it: naive ISO text in UTC with microseconds, so that text order is time order."""
         return at.astimezone(dt.UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
 
-    async def load_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
+    def load_chunks(self, connection: sa.Connection, rows: list[tuple[Any, ...]]) -> None:
         """There is no server."""
 
-    async def insert_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
+    def insert_chunks(self, connection: sa.Connection, rows: list[tuple[Any, ...]]) -> None:
         """See Dialect."""
         for start in range(0, len(rows), self.ROWS_A_STATEMENT):
             some = rows[start : start + self.ROWS_A_STATEMENT]
-            await connection.exec_driver_sql(_insert_rows(len(some)), tuple(itertools.chain.from_iterable(some)))
+            connection.exec_driver_sql(_insert_rows(len(some)), tuple(itertools.chain.from_iterable(some)))
 
-    async def move_cursors(self, connection: AsyncConnection, moves: list[tuple[Any, ...]]) -> set[str]:
+    def move_cursors(self, connection: sa.Connection, moves: list[tuple[Any, ...]]) -> set[str]:
         """See Dialect."""
         # The state is named twice in the statement.
-        await connection.exec_driver_sql(self._MOVE, [(*move[:3], *move[2:]) for move in moves])
+        connection.exec_driver_sql(self._MOVE, [(*move[:3], *move[2:]) for move in moves])
         run_ids = json.dumps([move[-1] for move in moves])
-        return {run_id for (run_id,) in await connection.exec_driver_sql(self._GAPPED, (run_ids,))}
+        return {run_id for (run_id,) in connection.exec_driver_sql(self._GAPPED, (run_ids,))}
 
     def insert(self, table: sa.Table) -> sqlite.Insert:
         """See Dialect."""
@@ -391,27 +390,31 @@ class PostgresDialect:
         sa.bindparam("ids", type_=postgresql.ARRAY(sa.Text))
     )
 
-    async def lock_runs(self, connection: AsyncConnection, run_ids: list[str]) -> None:
+    def lock_runs(self, connection: sa.Connection, run_ids: list[str]) -> None:
         """See Dialect."""
-        await connection.execute(self._LOCK, {"ids": run_ids})
+        connection.execute(self._LOCK, {"ids": run_ids})
 
     def time(self, at: dt.datetime) -> dt.datetime:
         """See Dialect."""
         return at
 
-    async def load_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:
+    def load_chunks(self, connection: sa.Connection, rows: list[tuple[Any, ...]]) -> None:
         """See Dialect."""
-        await connection.exec_driver_sql(self._MAKE_LOT)
-        driver: Any = (await connection.get_raw_connection()).driver_connection
-        await driver.copy_records_to_table("chunk_lot", schema_name="pg_temp", columns=CHUNK_COLUMNS, records=rows)
+        connection.exec_driver_sql(self._MAKE_LOT)
+        adapted: Any = connection.connection.dbapi_connection
+        adapted.run_async(
+            lambda driver: driver.copy_records_to_table(
+                "chunk_lot", schema_name="pg_temp", columns=CHUNK_COLUMNS, records=rows
+            )
+        )
 
-    async def insert_chunks(self, connection: AsyncConnection, rows: list[tuple[Any, ...]]) -> None:  # noqa: ARG002 - loaded
+    def insert_chunks(self, connection: sa.Connection, rows: list[tuple[Any, ...]]) -> None:  # noqa: ARG002 - loaded
         """See Dialect."""
-        await connection.exec_driver_sql(self._INSERT)
+        connection.exec_driver_sql(self._INSERT)
 
-    async def move_cursors(self, connection: AsyncConnection, moves: list[tuple[Any, ...]]) -> set[str]:
+    def move_cursors(self, connection: sa.Connection, moves: list[tuple[Any, ...]]) -> set[str]:
         """See Dialect."""
-        moved = await connection.execute(self._MOVE, _columns(moves))
+        moved = connection.execute(self._MOVE, _columns(moves))
         return {run_id for run_id, is_gapped in moved if is_gapped}
 
     def insert(self, table: sa.Table) -> postgresql.Insert:
