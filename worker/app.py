@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 from httpx_aiohttp import HttpxAiohttpClient
+from httpx_aiohttp.transport import AiohttpResponseStream
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker import systemd
@@ -35,6 +36,8 @@ from worker.storage.reads import Reads
 from worker.storage.transcripts import Transcripts
 
 GOODBYE_SECONDS = 5.0
+READ_BYTES = 64 * 1024
+"""As much of a response as is taken at once where more has come; aiohttp keeps no more."""
 
 
 async def run(
@@ -138,6 +141,7 @@ async def open_letta(config: Config, metrics: Metrics | None = None) -> AsyncIte
     key = settings.read_api_key()
     # Pings are asked for, so bytes come every 20 s; without them a silent run looks like a dead connection.
     read_timeout = settings.read_timeout if settings.include_pings else None
+    AiohttpResponseStream.CHUNK_SIZE = READ_BYTES  # there is no option for it
     try:
         http = HttpxAiohttpClient(
             base_url=settings.base_url,

@@ -188,7 +188,7 @@ class LettaClient:
     async def _events(self, response: httpx.Response) -> AsyncGenerator[list[Event], None]:
         decoder = SseDecoder(self._options.max_event_bytes)
         with self._as_worker_errors():
-            async for received in response.aiter_bytes():
+            async for received in response.aiter_raw():
                 self._metrics.received_bytes.inc(len(received))
                 yield [parse(event) for event in decoder.feed(received)]
 
