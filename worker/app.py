@@ -33,9 +33,9 @@ from worker.storage import schema
 from worker.storage.committer import Committer
 from worker.storage.engine import create_engine, describe, is_outage, is_sqlite, outage_retries
 from worker.storage.reads import Reads
+from worker.storage.transactions import GOODBYE_SECONDS, Transactions
 from worker.storage.transcripts import Transcripts
 
-GOODBYE_SECONDS = 5.0
 READ_BYTES = 64 * 1024
 """As much of a response as is taken at once where more has come; aiohttp keeps no more."""
 
@@ -58,12 +58,13 @@ async def run(
     """
     metrics = Metrics()
     access = Access(config.service.transcripts, config.service.is_loopback, config.service.read_page_token())
-    async with open_database(config) as engine, open_letta(config, metrics) as letta:
+    transactions = Transactions(config.storage.url.get_secret_value())
+    async with open_database(config) as engine, transactions, open_letta(config, metrics) as letta:
         starting = asyncio.current_task()
         if starting is not None:  # to a container's first process SIGTERM does nothing unless it is handled
             _on_stop_signals(starting.cancel)
         await _wait_for_schema(engine, log)
-        committer = Committer(engine, log, metrics)
+        committer = Committer(transactions, log, metrics)
         reads = Reads(engine, is_patient=True)
         discovery = Discovery(letta, committer, reads, log)
         await discovery.load(watch(config), config.discovery.start)
@@ -119,7 +120,6 @@ async def open_database(config: Config) -> AsyncIterator[AsyncEngine]:
     try:
         yield engine
     finally:
-        # A dead link would keep a polite goodbye waiting until the statement timeout.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GOODBYE_SECONDS):
                 await engine.dispose()

@@ -237,8 +237,8 @@ async def full(folder: Path) -> AsyncIterator[Fault]:
         errors.append(getattr(context.original_exception, "sqlite_errorname", ""))
 
     async def begin(rig: Rig) -> None:
-        sa.event.listen(rig.committer.transactions.engine, "checkout", take_up)
-        sa.event.listen(rig.committer.transactions.engine, "handle_error", note)
+        sa.event.listen(rig.transactions.engine, "checkout", take_up)
+        sa.event.listen(rig.transactions.engine, "handle_error", note)
 
     async def end() -> None:
         nonlocal is_full

@@ -43,7 +43,7 @@ class Death:
         self._tally = tally
         self._moment: Moment | None = None
         self._countdown = 0
-        writing = rig.committer.transactions.engine
+        writing = rig.transactions.engine
         for engine in {writing, rig.engine.sync_engine}:
             sa.event.listen(engine, "before_cursor_execute", self._at_statement)
         self._commit = writing.dialect.do_commit

@@ -211,7 +211,7 @@ async def test_slow_commits_of_sqlite(letta: FakeLetta, sqlite_url: str) -> None
         connection.set_trace_callback(linger)
 
     async with trial(letta, sqlite_url, sqlite_url) as it:
-        sa.event.listen(it.rig.committer.transactions.engine, "checkout", slow_down)
+        sa.event.listen(it.rig.transactions.engine, "checkout", slow_down)
         await bear_slowness(it)
 
 

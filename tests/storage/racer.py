@@ -44,16 +44,16 @@ async def race(url: str, seed: int) -> RecordingLog:
     engine.BUSY_TIMEOUT_SECONDS = 60.0  # a slow disk is no fault; a deadlock SQLite reports without waiting
     chance = random.Random(seed)
     store = Store(url)
-    committer = Committer(store.engine, log, Metrics())
-    running = asyncio.create_task(committer.run())
-    for write in script(seed):
-        await committer.submit(write)
-        if chance.random() < 0.5:
-            await asyncio.sleep(0.001 * chance.random())
-    await committer.drain()
-    running.cancel()
-    await asyncio.wait([running])
-    await store.engine.dispose()
+    async with store.transactions:
+        committer = Committer(store.transactions, log, Metrics())
+        running = asyncio.create_task(committer.run())
+        for write in script(seed):
+            await committer.submit(write)
+            if chance.random() < 0.5:
+                await asyncio.sleep(0.001 * chance.random())
+        await committer.drain()
+        running.cancel()
+        await asyncio.wait([running])
     return log
 
 

@@ -74,15 +74,16 @@ class Store:
     def __init__(self, url: str) -> None:
         self.url = url
         self.engine = create_engine(url)
-        self.transactions = Transactions(self.engine)
+        self.transactions = Transactions(url)
         self.dialect: Dialect = SqliteDialect() if is_sqlite(self.engine) else PostgresDialect()
 
     async def __aenter__(self) -> Self:
         await schema.upgrade(self.engine)
+        await self.transactions.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.transactions.close()
+        await self.transactions.__aexit__()
         await self.engine.dispose()
 
     async def write(self, *writes: Write) -> None:

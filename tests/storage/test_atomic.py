@@ -13,7 +13,6 @@ from worker.core.records import MessageRecord, RunRecord
 from worker.core.runlog import Gap, Reject
 from worker.metrics import Metrics
 from worker.storage.committer import Committer
-from worker.storage.transactions import Transactions
 from worker.storage.writes import RunWrite, SweepWrite, Write
 
 if TYPE_CHECKING:
@@ -85,9 +84,9 @@ async def test_a_failure_at_any_statement_leaves_nothing(store: Store) -> None:
 class _BrokenCommit:
     """Commits fail so many times, before or after the database has done its part."""
 
-    def __init__(self, transactions: Transactions, *, is_done: bool, times: int = 1) -> None:
+    def __init__(self, store: Store, *, is_done: bool, times: int = 1) -> None:
         self.fired = 0
-        dialect = transactions.engine.dialect
+        dialect = store.transactions.engine.dialect
         commit = dialect.do_commit
 
         def broken(connection: Any) -> None:
@@ -105,13 +104,13 @@ class _BrokenCommit:
 async def test_a_commit_of_unknown_outcome_is_repeated(store: Store, log: RecordingLog, *, is_done: bool) -> None:
     """I3: A commit that fails before or after it became durable is repeated: nothing is lost, nothing doubled."""
     before = await _prepared(store)
-    broken = _BrokenCommit(store.transactions, is_done=is_done)
+    broken = _BrokenCommit(store, is_done=is_done)
     with pytest.raises(_FaultError):
         await store.write(*EVERYTHING)
     assert broken.fired == 1
     found = await store.snapshot()
     assert (found != before) if is_done else (found == before)
-    await _submit_all(Committer(store.engine, log, Metrics()))
+    await _submit_all(store, log)
     after = await store.snapshot()
     assert sorted(await store.chunks("run-1")) == [1, 2, 3, 4, 5, 6, 9]
     assert (await store.cursor("run-1"), len(await store.chunks("run-2"))) == (9, 50)
@@ -120,22 +119,24 @@ async def test_a_commit_of_unknown_outcome_is_repeated(store: Store, log: Record
         assert after == found
 
 
-async def _submit_all(committer: Committer) -> None:
+async def _submit_all(store: Store, log: RecordingLog) -> Metrics:
+    metrics = Metrics()
+    committer = Committer(store.transactions, log, metrics)
     running = asyncio.create_task(committer.run())
     for write in EVERYTHING:
         await committer.submit(write)
     await committer.drain()
     running.cancel()
     await asyncio.wait([running])
+    return metrics
 
 
 @pytest.mark.parametrize("is_done", [False, True])
 async def test_the_committer_repeats_by_itself(store: Store, log: RecordingLog, *, is_done: bool) -> None:
     """I3: Whoever submitted a write never hears of a commit that failed twice and then worked."""
     await _prepared(store)
-    committer = Committer(store.engine, log, Metrics())
-    broken = _BrokenCommit(committer.transactions, is_done=is_done, times=2)
-    await _submit_all(committer)
+    broken = _BrokenCommit(store, is_done=is_done, times=2)
+    await _submit_all(store, log)
     assert broken.fired == 2
     assert log.names == ["database.unavailable", "database.recovered"]
     assert await store.snapshot() == await _expected(store)
@@ -147,7 +148,7 @@ async def test_a_backend_that_dies_in_its_commit(postgresql_store: Store, log: R
     async with postgresql_store.engine.begin() as connection:
         for statement in DIE_IN_COMMIT:
             await connection.exec_driver_sql(statement)
-    await _submit_all(Committer(postgresql_store.engine, log, Metrics()))
+    await _submit_all(postgresql_store, log)
     died = await postgresql_store.all(sa.select(sa.text("last_value FROM deaths")))
     assert died[0][0] >= 2
     assert log.names == ["database.unavailable", "database.recovered"]
@@ -215,8 +216,8 @@ async def test_an_answer_to_a_commit_that_is_lost(postgresql_store: Store, log: 
     assert port is not None
     async with _CuttingProxy(port) as proxy:
         far = Store(postgresql_store.url.replace(f":{port}/", f":{proxy.port}/"))
-        await _submit_all(Committer(far.engine, log, Metrics()))
-        await far.engine.dispose()
+        async with far.transactions:
+            await _submit_all(far, log)
         assert proxy.cuts == 1
     assert log.names == ["database.unavailable", "database.recovered"]
     assert await postgresql_store.snapshot() == await _expected(postgresql_store)

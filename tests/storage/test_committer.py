@@ -46,7 +46,7 @@ class Running(msgspec.Struct):
 async def committing(store: Store) -> AsyncIterator[Running]:
     """A committer that runs until the end of the block."""
     metrics, log = Metrics(), RecordingLog()
-    committer = Committer(store.engine, log, metrics)
+    committer = Committer(store.transactions, log, metrics)
     task = asyncio.create_task(committer.run())
     try:
         yield Running(committer, metrics, log, task)

@@ -218,12 +218,12 @@ async def test_a_lot_dropped_under_the_worker_is_made_again(postgresql_store: St
             cursor.execute("DROP TABLE pg_temp.chunk_lot")
 
     await postgresql_store.write(known("run-1"))
-    sa.event.listen(postgresql_store.engine.sync_engine, "after_cursor_execute", drop)
+    sa.event.listen(postgresql_store.transactions.engine, "after_cursor_execute", drop)
     with pytest.raises(asyncpg.UndefinedTableError, match="chunk_lot") as raised:
         await postgresql_store.write(lot("run-1", 1, 3))
     assert dropped
     assert_outage(raised.value)
-    sa.event.remove(postgresql_store.engine.sync_engine, "after_cursor_execute", drop)
+    sa.event.remove(postgresql_store.transactions.engine, "after_cursor_execute", drop)
     await postgresql_store.write(lot("run-1", 1, 3))
     assert list(await postgresql_store.chunks("run-1")) == [1, 2, 3]
 

@@ -55,16 +55,17 @@ async def do_everything(url: str) -> None:
     store = Store(url)
     try:
         await schema.require_current(store.engine)
-        committer = Committer(store.engine, RecordingLog(), Metrics())
-        running = asyncio.create_task(committer.run())
         late = RunWrite("run-1", later(9), None, accepted([row(7), row(8)], cursor=9, count=9, late=True))
         writes = [known("run-1"), *EVERYTHING, late, SweepWrite(AT, (), dropped_scopes=["all"]), lot("run-3", 1, 2)]
-        try:
-            for write in writes:
-                await committer.commit(write)
-        finally:
-            running.cancel()
-            await asyncio.wait([running])
+        async with store.transactions:
+            committer = Committer(store.transactions, RecordingLog(), Metrics())
+            running = asyncio.create_task(committer.run())
+            try:
+                for write in writes:
+                    await committer.commit(write)
+            finally:
+                running.cancel()
+                await asyncio.wait([running])
         reads = Reads(store.engine, is_patient=False)
         await reads.totals()
         await reads.runs_by_state()

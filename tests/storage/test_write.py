@@ -248,5 +248,10 @@ async def test_a_lot_is_not_carried_along(postgresql_store: Store) -> None:
     """I8: PostgreSQL's table for a lot on its way in is empty after each: the next one brings its own rows only."""
     await postgresql_store.write(known("run-1"), lot("run-1", 1, 3))
     await postgresql_store.write(lot("run-1", 4, 6))
-    waiting = await postgresql_store.all(sa.text("SELECT count(*) FROM pg_temp.chunk_lot"))  # type: ignore[arg-type]
-    assert waiting == [(0,)]
+    waiting: list[int] = []
+
+    def count(connection: sa.Connection) -> None:
+        waiting.append(connection.exec_driver_sql("SELECT count(*) FROM pg_temp.chunk_lot").scalar_one())
+
+    await postgresql_store.transactions.run(count)
+    assert waiting == [0]

@@ -27,6 +27,7 @@ from worker.service import Service
 from worker.storage import schema
 from worker.storage.committer import Committer
 from worker.storage.reads import Reads, StoredRun
+from worker.storage.transactions import Transactions
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -96,6 +97,7 @@ class Rig:
     letta: FakeLetta
     client: LettaClient
     engine: AsyncEngine
+    transactions: Transactions
     committer: Committer
     reads: Reads
     metrics: Metrics
@@ -241,11 +243,12 @@ async def working(
         }
     )
     log, metrics = Lines(), Metrics()
-    async with app.open_database(config) as engine, app.open_letta(config, metrics) as client:
+    transactions = Transactions(database_url)
+    async with app.open_database(config) as engine, transactions, app.open_letta(config, metrics) as client:
         await give_schema(engine)
-        committer = Committer(engine, log, metrics)
+        committer = Committer(transactions, log, metrics)
         reads = Reads(engine, is_patient=True)
-        rig = Rig(letta, client, engine, committer, reads, metrics, log, waits)
+        rig = Rig(letta, client, engine, transactions, committer, reads, metrics, log, waits)
         with checked_commits(rig):
             committing = asyncio.create_task(committer.run()) if commits else None
             try:
@@ -294,7 +297,7 @@ def checked_commits(rig: Rig) -> Iterator[None]:
         rig.commit_count += 1
         rig.violations += list(broken_invariants(connection, cursors))
 
-    engines = {rig.engine.sync_engine, rig.committer.transactions.engine}
+    engines = {rig.engine.sync_engine, rig.transactions.engine}
     for engine in engines:
         sa.event.listen(engine, "commit", look)
     try:

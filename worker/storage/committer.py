@@ -14,7 +14,6 @@ from typing import Any
 import asyncpg
 import tenacity
 from sqlalchemy.exc import DatabaseError, StatementError
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker.core.runlog import Accepted
 from worker.errors import InvariantError, RefusedError
@@ -47,11 +46,11 @@ class Commit:
 class Committer:
     """Start `run` as a task, then `submit` from any number of other tasks."""
 
-    def __init__(self, engine: AsyncEngine, log: Log, metrics: Metrics) -> None:
-        self.transactions = Transactions(engine)
+    def __init__(self, transactions: Transactions, log: Log, metrics: Metrics) -> None:
+        self._transactions = transactions
         self._log = log
         self._metrics = metrics
-        self._dialect = SqliteDialect() if is_sqlite(engine) else PostgresDialect()
+        self._dialect = SqliteDialect() if is_sqlite(transactions.engine) else PostgresDialect()
         self._queue: deque[Commit] = deque()
         self._waiting_bytes = 0
         self._lot_bytes = MAX_TRANSACTION_BYTES
@@ -111,8 +110,6 @@ class Committer:
         except BaseException as failure:
             self._fail(failure)
             raise
-        finally:
-            self.transactions.close()
 
     async def drain(self) -> None:
         """Wait until everything submitted so far is durable."""
@@ -170,7 +167,7 @@ class Committer:
     async def _commit_once(self, lot: list[Write]) -> None:
         started = time.monotonic()
         try:
-            await self.transactions.run(lambda connection: write(connection, self._dialect, lot))
+            await self._transactions.run(lambda connection: write(connection, self._dialect, lot))
         except Exception as error:
             if len(lot) > 1 and is_timeout(error):
                 # What a slow database cannot take in the time that is allowed it could never take, however often.

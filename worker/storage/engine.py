@@ -61,20 +61,22 @@ def _check_parameters(url: URL) -> None:
 def create_engine(text: str) -> AsyncEngine:
     """An engine for a URL as it stands in the configuration. Opens no connection yet."""
     url = parse_url(text)
-    return _sqlite_engine(url) if url.get_backend_name() == "sqlite" else _postgresql_engine(url)
+    # Asked first, because who reads should not hear of a connection that the server has dropped meanwhile.
+    return _sqlite_engine(url) if url.get_backend_name() == "sqlite" else _postgresql_engine(url, pings=True)
 
 
-def is_sqlite(engine: AsyncEngine) -> bool:
+def is_sqlite(engine: AsyncEngine | sa.Engine) -> bool:
     """The database is a file of ours, which the worker upgrades by itself."""
     return engine.dialect.name == "sqlite"
 
 
-def _postgresql_engine(url: URL) -> AsyncEngine:
+def _postgresql_engine(url: URL, *, pings: bool) -> AsyncEngine:
     engine = create_async_engine(
         url.set(query={}),
         pool_size=4,
         max_overflow=0,
         pool_recycle=1800,
+        pool_pre_ping=pings,
         hide_parameters=True,
         connect_args={
             # libpq's parameters, which every operator knows; asyncpg takes them from a DSN only.
@@ -115,8 +117,11 @@ def _sqlite_engine(url: URL) -> AsyncEngine:
     return engine
 
 
-def threaded_engine(url: URL) -> sa.Engine:
-    """An engine for the same SQLite file, with one connection, whose callers wait for it in a thread of theirs."""
+def create_writing_engine(text: str) -> AsyncEngine | sa.Engine:
+    """An engine for a thread that waits for nothing else: for a SQLite file one that keeps it waiting itself."""
+    url = parse_url(text)
+    if url.get_backend_name() != "sqlite":
+        return _postgresql_engine(url, pings=False)
     engine = sa.create_engine(
         url.set(drivername="sqlite"),
         connect_args={"timeout": BUSY_TIMEOUT_SECONDS},
