@@ -334,12 +334,6 @@ _STATE = (
 class SqliteDialect:
     """SQLite: many rows a statement, because after each statement its thread has to wait for Python's lock."""
 
-    ROWS_A_STATEMENT = 500
-    _MOVE = (
-        "UPDATE runs SET last_seq_id = max(last_seq_id, ?), chunk_count = max(chunk_count, ?),"
-        f" state = {_STATE.format(state='?')}, error = COALESCE(?, error), updated_at = ? WHERE run_id = ?"
-    )
-
     _GAPPED = "SELECT DISTINCT run_id FROM gaps WHERE run_id IN (SELECT value FROM json_each(?))"
 
     def lock_runs(self, connection: sa.Connection, run_ids: list[str]) -> None:
@@ -354,14 +348,13 @@ class SqliteDialect:
 
     def insert_chunks(self, connection: sa.Connection, rows: list[tuple[Any, ...]]) -> None:
         """See Dialect."""
-        for start in range(0, len(rows), self.ROWS_A_STATEMENT):
-            some = rows[start : start + self.ROWS_A_STATEMENT]
+        for some in _in_powers_of_two(rows):
             connection.exec_driver_sql(_insert_rows(len(some)), tuple(itertools.chain.from_iterable(some)))
 
     def move_cursors(self, connection: sa.Connection, moves: list[tuple[Any, ...]]) -> set[str]:
         """See Dialect."""
-        # The state is named twice in the statement.
-        connection.exec_driver_sql(self._MOVE, [(*move[:3], *move[2:]) for move in moves])
+        for some in _in_powers_of_two(moves):
+            connection.exec_driver_sql(_move_rows(len(some)), tuple(itertools.chain.from_iterable(some)))
         run_ids = json.dumps([move[-1] for move in moves])
         return {run_id for (run_id,) in connection.exec_driver_sql(self._GAPPED, (run_ids,))}
 
@@ -426,8 +419,36 @@ def _columns(rows: list[tuple[Any, ...]]) -> dict[str, list[Any]]:
     return {f"c{i}": list(column) for i, column in enumerate(zip(*rows, strict=True))}
 
 
+MOST_ROWS = 1024
+"""In one statement of SQLite's, which takes 32,766 values."""
+
+
+def _in_powers_of_two(rows: list[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
+    """All rows in lots of few different sizes: SQLite has compiled the statements for these already."""
+    start = 0
+    while left := len(rows) - start:
+        count = min(MOST_ROWS, 1 << (left.bit_length() - 1))
+        yield rows[start : start + count]
+        start += count
+
+
+def _values(columns: int, rows: int) -> str:
+    row = f"({', '.join('?' * columns)})"
+    return f"VALUES {', '.join([row] * rows)}"
+
+
 @functools.cache
 def _insert_rows(count: int) -> str:
     # Not INSERT OR IGNORE, which would also skip a row that breaks a rule, and the cursor would pass it (I2).
-    row = f"({', '.join('?' * len(CHUNK_COLUMNS))})"
-    return f"INSERT INTO chunks ({', '.join(CHUNK_COLUMNS)}) VALUES {', '.join([row] * count)} ON CONFLICT DO NOTHING"
+    values = _values(len(CHUNK_COLUMNS), count)
+    return f"INSERT INTO chunks ({', '.join(CHUNK_COLUMNS)}) {values} ON CONFLICT DO NOTHING"
+
+
+@functools.cache
+def _move_rows(count: int) -> str:
+    return (
+        f"WITH v(cursor, count, state, error, at, run_id) AS ({_values(6, count)})"
+        " UPDATE runs SET last_seq_id = max(runs.last_seq_id, v.cursor),"
+        f" chunk_count = max(runs.chunk_count, v.count), state = {_STATE.format(state='v.state')},"
+        " error = COALESCE(v.error, runs.error), updated_at = v.at FROM v WHERE runs.run_id = v.run_id"
+    )
