@@ -318,6 +318,14 @@ def test_a_file_that_cannot_be_written_now_is_waited_for(tmp_path: Path) -> None
 
 # What is said of an error
 
+
+def test_a_connection_lost_under_a_statement_is_told_as_such() -> None:
+    """The driver speaks of its own states then; an operator hears what happened, and it is waited out (I3)."""
+    error = asyncpg.InternalClientError("cannot switch to state 15; another operation (2) is in progress")
+    assert is_outage(error)
+    assert describe(error).startswith("the connection was lost in the middle of a statement (InternalClientError: ")
+
+
 TELLING: dict[str, tuple[str, object]] = {
     "a number too large": ("SELECT CAST(:value AS bigint)", 2**80),
     "text for a number": ("SELECT CAST(CAST(:value AS text) AS bigint)", SECRET),

@@ -53,6 +53,15 @@ async def test_a_commit_is_on_disk(sqlite_store: Store) -> None:
     assert seen == {("wal", 2)}
 
 
+async def test_a_sqlite_that_is_too_old_is_refused(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """I7: An old system's library is named together with what is needed, before anything is written."""
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 31, 1))
+    engine = create_engine(sqlite_url)
+    with pytest.raises(RefusedError, match=r"SQLite 3\.\d+\.\d+, and 3\.33 is needed"):
+        await engine.connect()
+    assert not Path(sqlite_url.removeprefix("sqlite:///")).exists()
+
+
 async def test_a_writer_takes_its_lock_at_once(sqlite_store: Store) -> None:
     """I4: A write transaction begins with the lock, so it never fails half way for want of it."""
     async with sqlite_store.engine.begin():

@@ -15,7 +15,6 @@ import asyncpg
 import tenacity
 from sqlalchemy.exc import DatabaseError, StatementError
 
-from worker.core.runlog import Accepted
 from worker.errors import InvariantError, RefusedError
 from worker.logs import Log
 from worker.metrics import Metrics
@@ -197,17 +196,15 @@ class Committer:
         self._metrics.commits.inc()
         self._metrics.commit_seconds.observe(seconds)
         self._metrics.commit_at.set_to_current_time()
-        self._metrics.commit_chunks.observe(sum(map(_chunk_count, lot)))
         now = dt.datetime.now(dt.UTC)
-        for content in lot:
-            if isinstance(content, RunWrite) and content.accepted is not None:
-                self._metrics.lag_seconds.observe((now - content.at).total_seconds())
-                self._count_accepted(content.accepted)
-
-    def _count_accepted(self, accepted: Accepted) -> None:
-        self._metrics.chunks.inc(len(accepted.rows))
-        self._metrics.gaps.inc(len(accepted.gaps))
-        self._metrics.rejects.inc(len(accepted.rejects))
+        stored = [(w, w.accepted) for w in lot if isinstance(w, RunWrite) and w.accepted is not None]
+        for content, _ in stored:
+            self._metrics.lag_seconds.observe((now - content.at).total_seconds())
+        count = sum(len(accepted.rows) for _, accepted in stored)
+        self._metrics.commit_chunks.observe(count)
+        self._metrics.chunks.inc(count)
+        self._metrics.gaps.inc(sum(len(accepted.gaps) for _, accepted in stored))
+        self._metrics.rejects.inc(sum(len(accepted.rejects) for _, accepted in stored))
 
     def _fail(self, failure: BaseException) -> None:
         self._failure = failure

@@ -25,6 +25,9 @@ IDLE_TRANSACTION_SECONDS = 15.0
 """PostgreSQL takes its locks from a worker that falls silent in a transaction (stopped, or its machine is gone): the
 next worker would wait for them for as long as the first one's connection seems to live."""
 
+OLDEST_SQLITE = (3, 33)
+"""The first that can move many cursors in one statement (UPDATE FROM); of August 2020."""
+
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _SSL_PARAMETERS = ("sslmode", "sslrootcert", "sslcert", "sslkey", "sslcrl")
 _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
@@ -140,6 +143,9 @@ def _prepare_sqlite(engine: sa.Engine) -> None:
     @sa.event.listens_for(engine, "do_connect")
     def prepare(*_: object) -> None:
         nonlocal identity
+        if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+            needed = ".".join(map(str, OLDEST_SQLITE))
+            raise RefusedError(f"this Python has SQLite {sqlite3.sqlite_version}, and {needed} is needed: take a newer one")
         if identity is None:
             _make_private(path)
             identity = _identity(path)
@@ -295,6 +301,8 @@ def describe(error: BaseException) -> str:
     if sqlstate.startswith("22"):  # PostgreSQL quotes the value it could not take
         return f"{name} ({sqlstate})"
     said = f"{name}: {cause}".splitlines()[0][:300] if str(cause) else name
+    if isinstance(cause, asyncpg.InternalClientError):  # the driver means its own bookkeeping
+        said = f"the connection was lost in the middle of a statement ({said})"
     state = sqlstate or str(getattr(cause, "sqlite_errorname", ""))
     remedies = [remedy for start, remedy in _REMEDIES.items() if state.startswith(start)] if is_refusal(cause) else []
     return f"{said}; {remedies[0]}" if remedies else said
