@@ -53,13 +53,13 @@ async def test_a_commit_is_on_disk(sqlite_store: Store) -> None:
     assert seen == {("wal", 2)}
 
 
-async def test_a_sqlite_that_is_too_old_is_refused(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_sqlite_that_is_too_old_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """I7: An old system's library is named together with what is needed, before anything is written."""
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 31, 1))
-    engine = create_engine(sqlite_url)
+    engine = create_engine(f"sqlite:///{tmp_path}/letta-ingest.db")
     with pytest.raises(RefusedError, match=r"SQLite 3\.\d+\.\d+, and 3\.33 is needed"):
         await engine.connect()
-    assert not Path(sqlite_url.removeprefix("sqlite:///")).exists()
+    assert list(tmp_path.iterdir()) == []  # noqa: ASYNC240
 
 
 async def test_a_writer_takes_its_lock_at_once(sqlite_store: Store) -> None:

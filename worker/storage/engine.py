@@ -145,7 +145,9 @@ def _prepare_sqlite(engine: sa.Engine) -> None:
         nonlocal identity
         if sqlite3.sqlite_version_info < OLDEST_SQLITE:
             needed = ".".join(map(str, OLDEST_SQLITE))
-            raise RefusedError(f"this Python has SQLite {sqlite3.sqlite_version}, and {needed} is needed: take a newer one")
+            raise RefusedError(
+                f"this Python has SQLite {sqlite3.sqlite_version}, and {needed} is needed: take a newer one"
+            )
         if identity is None:
             _make_private(path)
             identity = _identity(path)
