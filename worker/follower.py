@@ -265,7 +265,6 @@ class Follower:
                     return Outcome.UNPROVEN
                 if self._runlog.wants_reread:
                     return Outcome.HOLE
-                await asyncio.sleep(0)  # what is buffered already comes without waiting: let the others have a turn
         return Outcome.CUT
 
     async def _watch(self, reader: asyncio.Task[Outcome]) -> Outcome:

@@ -50,6 +50,8 @@ RUNS_A_PAGE = 100
 QUESTIONS_AT_ONCE = 4
 """REST requests under way at once: each costs the server a database connection, as a stream does."""
 MESSAGES_A_PAGE = 100
+BYTES_A_TURN = 16 * 1024
+"""A stream that brings so much in one read is catching up, and gives the other streams a turn before the next."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -191,6 +193,8 @@ class LettaClient:
             async for received in response.aiter_raw():
                 self._metrics.received_bytes.inc(len(received))
                 yield [parse(event) for event in decoder.feed(received)]
+                if len(received) >= BYTES_A_TURN:
+                    await asyncio.sleep(0)  # more may be there already, and would come without waiting
 
     async def _error_in(self, response: httpx.Response) -> WorkerError:
         sent = _key_in(response.request.headers)  # which may be another one by now

@@ -34,12 +34,20 @@ class Commit:
         self.content = content
         self.size = content.size
         self.durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        # Whoever waits hears of a failure; that nobody waits is no fault.
-        self.durable.add_done_callback(lambda future: future.exception())
 
     def __await__(self) -> Generator[Any, None, None]:
         # Shielded: cancelling a task cancels the future it waits for, and the write would look done (I2).
         return asyncio.shield(self.durable).__await__()
+
+    def settle(self, failure: Exception | None = None) -> None:
+        """Tell whoever waits, unless it has been told before."""
+        if self.durable.done():
+            return
+        if failure is None:
+            self.durable.set_result(None)
+        else:
+            self.durable.set_exception(failure)
+            self.durable.exception()  # that nobody waits is no fault
 
 
 class Committer:
@@ -143,16 +151,15 @@ class Committer:
     def _fail_run(self, failed: Commit, failure: InvariantError) -> None:
         """Fail a write and all that its run has waiting behind it: they build upon it."""
         for commit in self._queue:
-            if not commit.durable.done() and _subject(commit.content) == _subject(failed.content):
-                commit.durable.set_exception(failure)
+            if _subject(commit.content) == _subject(failed.content):
+                commit.settle(failure)
 
     def _release(self, lot: list[Commit]) -> None:
         self._moved_at = time.monotonic()
         for commit in lot:
             self._queue.popleft()
             self._waiting_bytes -= commit.size
-            if not commit.durable.done():
-                commit.durable.set_result(None)
+            commit.settle()
         if self._waiting_bytes < MAX_WAITING_BYTES:
             self._has_room.set()
 
@@ -210,9 +217,7 @@ class Committer:
         self._failure = failure
         self._has_room.set()
         while self._queue:
-            commit = self._queue.popleft()
-            if not commit.durable.done():
-                commit.durable.set_exception(RefusedError("nothing can be committed any more"))
+            self._queue.popleft().settle(RefusedError("nothing can be committed any more"))
 
 
 def _chunk_count(content: Write) -> int:
