@@ -252,6 +252,16 @@ async def write_another_file(shell: Shell) -> Done:
     return await shell.do("run")
 
 
+def make_sqlite_old() -> None:
+    """As an old system has it; called in the worker's process."""
+    sqlite3.sqlite_version_info = (3, 26, 0)
+
+
+async def use_an_old_sqlite(shell: Shell) -> Done:
+    """Start with it."""
+    return await shell.do("run", prepare=make_sqlite_old)
+
+
 async def delete_the_file(shell: Shell) -> Done:
     """Under a running worker."""
     run = shell.letta.new_run()
@@ -399,6 +409,7 @@ PROVOCATIONS: dict[str, Callable[[Shell], Awaitable[Done]]] = {
     "A SQLite file that cannot be created": use("sqlite:////absent/letta.db", "run"),
     "A SQLite file that cannot be used": use("sqlite:///{folder}", "run"),
     "A file that is no database": write_another_file,
+    "A SQLite that is too old": use_an_old_sqlite,
     "A file that was taken away": delete_the_file,
     "The port is taken": listen_twice,
     "The address is not ours": listen_elsewhere,

@@ -80,9 +80,9 @@ TEN = (
         name="cursor-per-conversation",
         bug="The cursor is kept for the conversation, so its next run begins where the last one ended.",
         file="worker/storage/writes.py",
-        was="error = COALESCE(?, error), updated_at = ? WHERE run_id = ?",
-        becomes="error = COALESCE(?, error), updated_at = ?"
-        " WHERE conversation_id = (SELECT conversation_id FROM runs WHERE run_id = ?)",
+        was='FROM v WHERE runs.run_id = v.run_id"\n    )',
+        becomes="FROM v WHERE runs.conversation_id ="
+        ' (SELECT conversation_id FROM runs AS r WHERE r.run_id = v.run_id)"\n    )',
         killed_by="tests/storage/test_write.py::test_runs_of_one_conversation_have_a_cursor_each[sqlite]",
     ),
     Mutant(
@@ -127,8 +127,8 @@ LIKELY = (
         name="row-is-updated",
         bug="ON CONFLICT DO UPDATE: what comes again under a stored number takes the place of what came first.",
         file="worker/storage/writes.py",
-        was="* count)} ON CONFLICT DO NOTHING",
-        becomes="* count)} ON CONFLICT (run_id, seq_id) DO UPDATE SET payload = excluded.payload",
+        was="{values} ON CONFLICT DO NOTHING",
+        becomes="{values} ON CONFLICT (run_id, seq_id) DO UPDATE SET payload = excluded.payload",
         killed_by="tests/storage/test_write.py::test_a_row_is_never_changed[sqlite]",
     ),
     Mutant(
@@ -151,8 +151,8 @@ LIKELY = (
         name="cursor-goes-back",
         bug="The cursor is set and not only moved forward: a worker that is behind takes it back.",
         file="worker/storage/writes.py",
-        was="SET last_seq_id = max(last_seq_id, ?)",
-        becomes="SET last_seq_id = ?",
+        was="SET last_seq_id = max(runs.last_seq_id, v.cursor)",
+        becomes="SET last_seq_id = v.cursor",
         killed_by="tests/storage/test_write.py::test_the_cursor_never_goes_back[sqlite]",
     ),
     Mutant(
