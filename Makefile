@@ -31,7 +31,7 @@ demo: $(READY) ## See it work: a talkative server, a worker killed again and aga
 	@$(BIN)/letta-ingest demo
 
 test: $(READY) ## Run the tests, on SQLite and on a real PostgreSQL (about 4 minutes on 2 cores)
-	$(PYTEST) -n auto --maxprocesses 4 $(ARGS)
+	$(PYTEST) -n 3 $(ARGS)
 
 check: $(READY) ## Check style, types and the direction of imports
 	$(BIN)/ruff check
