@@ -15,7 +15,7 @@ from tests.storage.store import AT, Store, accepted, known, lot, row
 from worker.errors import RefusedError
 from worker.storage import schema
 from worker.storage.engine import create_engine
-from worker.storage.writes import RunWrite
+from worker.storage.writes import RunWrite, _move_rows
 
 
 def _path(store: Store) -> str:
@@ -60,6 +60,15 @@ async def test_a_sqlite_that_is_too_old_is_refused(tmp_path: Path, monkeypatch: 
     with pytest.raises(RefusedError, match=r"SQLite 3\.\d+\.\d+, and 3\.33 is needed"):
         await engine.connect()
     assert list(tmp_path.iterdir()) == []  # noqa: ASYNC240
+
+
+async def test_a_cursor_is_moved_by_its_key(sqlite_store: Store) -> None:
+    """However many runs are stored, moving the cursors of a few costs the same: nothing but the few is looked at."""
+    explain = f"EXPLAIN QUERY PLAN {_move_rows(16)}"
+    async with sqlite_store.engine.connect() as connection:
+        steps = [row.detail for row in await connection.exec_driver_sql(explain, (None,) * 16 * 6)]
+    assert any(step.startswith("SEARCH runs USING INDEX") and "run_id=?" in step for step in steps), steps
+    assert not any(step.startswith("SCAN runs") for step in steps), steps
 
 
 async def test_a_writer_takes_its_lock_at_once(sqlite_store: Store) -> None:
