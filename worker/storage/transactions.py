@@ -22,7 +22,7 @@ Work = Callable[[sa.Connection], None]
 
 
 class Transactions:
-    """Runs one transaction at a time, inside `async with`."""
+    """Runs transactions, inside `async with`."""
 
     def __init__(self, url: str) -> None:
         self._engine = create_writing_engine(url)
