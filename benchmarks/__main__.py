@@ -43,7 +43,7 @@ def main() -> None:
         contenders = catch_up.contenders(str(DLT) if DLT.exists() else None)
         results = report.Results(
             catch_up=catch_up.measure(contenders, whole, arguments.rounds, server),
-            live=live_load.measure((1, 100, 500, 1000, 2000), server),
+            live=live_load.measure((1, 100, 500, 1000, 2000, 5000), server),
             restart=start.restart(100_000, 1000, server),
             idle=start.idle(5000, server),
             length=growth.length(1_000_000, server),
