@@ -30,7 +30,7 @@ help: ## List the targets
 demo: $(READY) ## See it work: a talkative server, a worker killed again and again, and the count at the end
 	@$(BIN)/letta-ingest demo
 
-test: $(READY) ## Run the tests, on SQLite and on a real PostgreSQL (about 4 minutes on 2 cores)
+test: $(READY) ## Run the tests, on SQLite and on a real PostgreSQL (three to four minutes on 2 cores)
 	$(PYTEST) -n 3 $(ARGS)
 
 check: $(READY) ## Check style, types and the direction of imports
