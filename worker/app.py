@@ -31,13 +31,13 @@ from worker.reload import Reload
 from worker.service import Service
 from worker.storage import schema
 from worker.storage.committer import Committer
-from worker.storage.engine import create_engine, describe, is_outage, is_sqlite, outage_retries
+from worker.storage.engine import GOODBYE_SECONDS, create_engine, describe, is_outage, is_sqlite, outage_retries
 from worker.storage.reads import Reads
-from worker.storage.transactions import GOODBYE_SECONDS, Transactions
+from worker.storage.transactions import Transactions
 from worker.storage.transcripts import Transcripts
 
 READ_BYTES = 64 * 1024
-"""As much of a response as is taken at once where more has come; aiohttp keeps no more."""
+"""As much of a response as is taken at once where more has come; aiohttp stops reading at twice that."""
 
 
 async def run(

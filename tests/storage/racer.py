@@ -6,10 +6,11 @@ import asyncio
 import random
 import sys
 
-from tests.storage.store import RecordingLog, Store, ending, known, later, lot
+from tests.storage.store import RecordingLog, ending, known, later, lot
 from worker.metrics import Metrics
 from worker.storage import engine
 from worker.storage.committer import Committer
+from worker.storage.transactions import Transactions
 from worker.storage.writes import Write
 
 RUNS = 12
@@ -43,9 +44,8 @@ async def race(url: str, seed: int) -> RecordingLog:
     log = RecordingLog()
     engine.BUSY_TIMEOUT_SECONDS = 60.0  # a slow disk is no fault; a deadlock SQLite reports without waiting
     chance = random.Random(seed)
-    store = Store(url)
-    async with store.transactions:
-        committer = Committer(store.transactions, log, Metrics())
+    async with Transactions(url) as transactions:
+        committer = Committer(transactions, log, Metrics())
         running = asyncio.create_task(committer.run())
         for write in script(seed):
             await committer.submit(write)

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from tests.support.shell import SECRET, Shell, free_address
-from worker import app, config, monitor, service, unit
+from worker import config, monitor, service, unit
 from worker.demo.fake_letta import FakeLetta
+from worker.storage import engine
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -69,7 +70,7 @@ async def test_the_pod_works(letta: FakeLetta, database_url: str, tmp_path: Path
 
 def test_times_and_ports_are_the_workers() -> None:
     """Grace period, probe time-outs and port are those the worker goes by."""
-    assert POD["terminationGracePeriodSeconds"] >= service.DRAIN_SECONDS + app.GOODBYE_SECONDS + 5
+    assert POD["terminationGracePeriodSeconds"] >= service.DRAIN_SECONDS + 2 * engine.GOODBYE_SECONDS + 5
     assert all(probe.get("timeoutSeconds", 1) > monitor.ANSWER_SECONDS for probe in PROBES[1:])
     liveness = WORKER["livenessProbe"]
     assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 60

@@ -207,7 +207,7 @@ class Committer:
         stored = [(w, w.accepted) for w in lot if isinstance(w, RunWrite) and w.accepted is not None]
         for content, _ in stored:
             self._metrics.lag_seconds.observe((now - content.at).total_seconds())
-        count = sum(len(accepted.rows) for _, accepted in stored)
+        count = sum(map(_chunk_count, lot))
         self._metrics.commit_chunks.observe(count)
         self._metrics.chunks.inc(count)
         self._metrics.gaps.inc(sum(len(accepted.gaps) for _, accepted in stored))

@@ -21,6 +21,8 @@ BUSY_TIMEOUT_SECONDS = 5.0
 CONNECT_TIMEOUT_SECONDS = 10.0
 STATEMENT_TIMEOUT_SECONDS = 45.0
 """Shorter than monitor.STUCK_SECONDS: a commit that hangs is an outage first, and a stuck worker only then."""
+GOODBYE_SECONDS = 5.0
+"""A dead link would keep a polite goodbye waiting until the statement timeout."""
 IDLE_TRANSACTION_SECONDS = 15.0
 """PostgreSQL takes its locks from a worker that falls silent in a transaction (stopped, or its machine is gone): the
 next worker would wait for them for as long as the first one's connection seems to live."""

@@ -13,10 +13,7 @@ from typing import Self
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from worker.storage.engine import create_writing_engine
-
-GOODBYE_SECONDS = 5.0
-"""A dead link would keep a polite goodbye waiting until the statement timeout."""
+from worker.storage.engine import GOODBYE_SECONDS, create_writing_engine
 
 Work = Callable[[sa.Connection], None]
 

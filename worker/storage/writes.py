@@ -9,7 +9,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -325,8 +325,8 @@ def _is_open() -> sa.ColumnElement[bool]:
 
 
 _STATE = (
-    f"CASE WHEN runs.state IN {UNFINISHED_STATES} THEN COALESCE({{state}}, runs.state)"
-    " WHEN {state} = 'complete' THEN 'complete' ELSE runs.state END"
+    f"CASE WHEN runs.state IN {UNFINISHED_STATES} THEN COALESCE(v.state, runs.state)"
+    " WHEN v.state = 'complete' THEN 'complete' ELSE runs.state END"
 )
 """A final state stays: a second worker that is behind cannot undo it; one that has seen more can say `complete`."""
 
@@ -348,13 +348,11 @@ class SqliteDialect:
 
     def insert_chunks(self, connection: sa.Connection, rows: list[tuple[Any, ...]]) -> None:
         """See Dialect."""
-        for some in _in_powers_of_two(rows):
-            connection.exec_driver_sql(_insert_rows(len(some)), tuple(itertools.chain.from_iterable(some)))
+        _execute(connection, _insert_rows, rows)
 
     def move_cursors(self, connection: sa.Connection, moves: list[tuple[Any, ...]]) -> set[str]:
         """See Dialect."""
-        for some in _in_powers_of_two(moves):
-            connection.exec_driver_sql(_move_rows(len(some)), tuple(itertools.chain.from_iterable(some)))
+        _execute(connection, _move_rows, moves)
         run_ids = json.dumps([move[-1] for move in moves])
         return {run_id for (run_id,) in connection.exec_driver_sql(self._GAPPED, (run_ids,))}
 
@@ -373,7 +371,7 @@ class PostgresDialect:
     _MOVE_TYPES: tuple[Any, ...] = (sa.BigInteger, sa.BigInteger, sa.Text, sa.Text, _TIME, sa.Text)
     _MOVE = sa.text(
         "UPDATE runs SET last_seq_id = GREATEST(runs.last_seq_id, v.cursor),"
-        f" chunk_count = GREATEST(runs.chunk_count, v.count), state = {_STATE.format(state='v.state')},"
+        f" chunk_count = GREATEST(runs.chunk_count, v.count), state = {_STATE},"
         " error = COALESCE(v.error, runs.error), updated_at = v.at"
         " FROM unnest(:c0, :c1, :c2, :c3, :c4, :c5) AS v(cursor, count, state, error, at, run_id)"
         " WHERE runs.run_id = v.run_id"
@@ -423,12 +421,13 @@ MOST_ROWS = 1024
 """In one statement of SQLite's, which takes 32,766 values."""
 
 
-def _in_powers_of_two(rows: list[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
-    """All rows in lots of few different sizes: SQLite has compiled the statements for these already."""
+def _execute(connection: sa.Connection, statement: Callable[[int], str], rows: list[tuple[Any, ...]]) -> None:
+    """Execute the statement for so many rows, in powers of two: for these few sizes SQLite has compiled it already."""
     start = 0
     while left := len(rows) - start:
         count = min(MOST_ROWS, 1 << (left.bit_length() - 1))
-        yield rows[start : start + count]
+        values = itertools.chain.from_iterable(rows[start : start + count])
+        connection.exec_driver_sql(statement(count), tuple(values))
         start += count
 
 
@@ -449,6 +448,6 @@ def _move_rows(count: int) -> str:
     return (
         f"WITH v(cursor, count, state, error, at, run_id) AS ({_values(6, count)})"
         " UPDATE runs SET last_seq_id = max(runs.last_seq_id, v.cursor),"
-        f" chunk_count = max(runs.chunk_count, v.count), state = {_STATE.format(state='v.state')},"
+        f" chunk_count = max(runs.chunk_count, v.count), state = {_STATE},"
         " error = COALESCE(v.error, runs.error), updated_at = v.at FROM v WHERE runs.run_id = v.run_id"
     )
