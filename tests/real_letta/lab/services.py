@@ -56,7 +56,7 @@ class Postgres:
         settings = {
             "listen_addresses": "127.0.0.1",
             "unix_socket_directories": "",
-            "max_connections": "400",  # every open stream costs the server a connection now and then
+            "max_connections": "400",  # more than the Letta server's pool and all workers under test take
             "fsync": "off",
         }
         options = [f"--{name}={value}" for name, value in settings.items()]
@@ -172,8 +172,12 @@ class LettaServer:
         self._environment = {
             **_BASE_ENVIRONMENT,
             "HOME": str(home),
-            # Without asking for TLS first: it opens connections by the dozen, and now and then one hung for a minute.
             "LETTA_PG_URI": f"{postgres.url(self.database)}?sslmode=disable",
+            # By default it opens a connection for each transaction, thousands in an hour. Now and then one hung in
+            # connect() for a minute, and the request that needed it was answered 500.
+            "LETTA_DISABLE_SQLALCHEMY_POOLING": "false",
+            "LETTA_PG_POOL_SIZE": "100",
+            "LETTA_PG_MAX_OVERFLOW": "200",
             "LETTA_REDIS_HOST": "127.0.0.1",
             "LETTA_REDIS_PORT": str(redis.port),
             "LETTA_KEEPALIVE_INTERVAL": "1",
