@@ -51,6 +51,11 @@ class Health:
         self._discovery_error = error
         self.discovery_has_failed = True
 
+    @property
+    def is_starting(self) -> bool:
+        """The first listing is under way: it has neither succeeded nor failed."""
+        return self._discovery_error is not None and not self.discovery_has_failed
+
     def stuck(self) -> list[str]:
         """What does not move although nothing outside holds it up; empty when all is idle, working or waiting."""
         stuck = []

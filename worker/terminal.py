@@ -19,7 +19,7 @@ TROUBLES_SHOWN = 3
 FIGURES = ("Streams open", "Lag", "Waiting for commit", "Last commit", "Runs stored", "Open gaps")
 FOLLOWED = {0: "run", 2: "state", 4: "cursor", 5: "last chunk", 6: "expires in"}
 """What is told of a run, by its place in the status page's row: what 80 columns have room for."""
-STYLES = {"ready": "bold green", "degraded": "bold yellow", "stuck": "bold red"}
+STYLES = {"starting": "bold", "ready": "bold green", "degraded": "bold yellow", "stuck": "bold red"}
 
 
 class CatchUp:

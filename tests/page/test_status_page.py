@@ -125,7 +125,10 @@ async def test_what_is_stuck_is_named(letta: FakeLetta, sqlite_url: str, monkeyp
     letta.password = KEY
     async with working(letta, sqlite_url) as rig, page_of(rig) as (client, health):
         seen = Seen((await client.get("/")).text)
+        assert "Starting: the server's runs are listed for the first time." in seen.texts
         assert "letta: no sweep has succeeded yet" in seen.texts
+        health.discovery_failed("refused")
+        assert "Degraded: letta in trouble." in Seen((await client.get("/")).text).text
         health.discovery_succeeded()
         monkeypatch.setattr(health, "_discovery_moved_at", -1000.0)
         assert "Stuck: discovery should move and does not." in Seen((await client.get("/")).text).texts

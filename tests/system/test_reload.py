@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.lives import Life, until
 from tests.support.looks import looking
+from tests.support.pages import heard, listening
 from tests.support.shell import SECRET, Shell, free_address
 from tests.support.systemd import Systemd
 from worker.demo.fake_letta import FakeLetta
@@ -66,11 +67,15 @@ class Service:
         os.kill(self.life.pid, signal.SIGHUP)
         await until(lambda: len(self._systemd.said("READY")) > before, 10)
 
+    def browser(self, token: str) -> httpx.AsyncClient:
+        """The browser of somebody who holds this token."""
+        address = f"http://{self._values['listen']}"
+        return httpx.AsyncClient(base_url=address, auth=("anybody", token), trust_env=False)
+
     async def page(self, token: str) -> int:
         """The status code with which the status page answers somebody who holds this token."""
-        async with httpx.AsyncClient(trust_env=False) as client:
-            url = f"http://{self._values['listen']}/"
-            return (await client.get(url, auth=("anybody", token))).status_code
+        async with self.browser(token) as browser:
+            return (await browser.get("/")).status_code
 
     async def stored(self) -> set[str]:
         """The runs that are in the store."""
@@ -137,13 +142,18 @@ async def test_what_may_change_does(letta: FakeLetta, service: Service, systemd:
 async def test_the_page_asks_for_the_new_token(service: Service) -> None:
     """SIGHUP changes the status page's token; to ask for none takes a start, and until then it asks (I10)."""
     assert await service.page("") == 200
+    async with service.browser("") as browser, listening(browser) as events:
+        await heard(events, lambda event: event["state"] == "ready")
+        await service.reload(page_token=f', page_token = "{NEW_SECRET}"')
+        async with asyncio.timeout(10):
+            assert [event async for event in events if event["state"] != "ready"] == [], "and the stream has ended"
     for token, other in ((SECRET, NEW_SECRET), (NEW_SECRET, SECRET)):
         await service.reload(page_token=f', page_token = "{token}"')
         assert [await service.page(token), await service.page(other)] == [200, 401]
     await service.reload(page_token="")
     assert [await service.page(NEW_SECRET), await service.page("")] == [200, 401]
     changed = [line["changed"] for line in service.logged("config.reloaded")]
-    assert changed == [["service.page_token"], ["service.page_token"], []]
+    assert changed == [["service.page_token"]] * 3 + [[]]
 
 
 async def test_wrong_configuration_changes_nothing(letta: FakeLetta, service: Service) -> None:

@@ -92,7 +92,7 @@ class Page:
         self._listeners += 1
         try:
             await response.prepare(request)
-            await self._tell(response)
+            await self._tell(request, response)
         except ConnectionError:
             pass  # it has left
         except TimeoutError:
@@ -102,8 +102,9 @@ class Page:
             self._listeners -= 1
         return response
 
-    async def _tell(self, response: web.StreamResponse) -> None:
-        while not self._closing.is_set():
+    async def _tell(self, request: web.Request, response: web.StreamResponse) -> None:
+        # Asked each time: the token may be another one by now.
+        while not self._closing.is_set() and self._access.refusal(request.headers, "page") is None:
             event = b"data: " + msgspec.json.encode(await self._view()) + b"\n\n"
             async with asyncio.timeout(WRITE_SECONDS):
                 await response.write(event)

@@ -48,6 +48,7 @@ class Snapshot(msgspec.Struct, frozen=True):
 
     at: dt.datetime
     started_at: dt.datetime
+    is_starting: bool
     stuck: list[str]
     troubles: dict[str, str]
     figures: Figures
@@ -83,6 +84,7 @@ class Snapshots:
         return Snapshot(
             at=dt.datetime.now(dt.UTC),
             started_at=self._started_at,
+            is_starting=self._health.is_starting,
             stuck=self._health.stuck(),
             troubles=self._troubles,
             figures=figures(self._metrics),

@@ -39,7 +39,7 @@ class Figure(msgspec.Struct, frozen=True):
 
 
 class View(msgspec.Struct, frozen=True):
-    """The whole page. `state` is ready, degraded or stuck; `reasons` say why."""
+    """The whole page. `state` is starting, ready, degraded or stuck; `reasons` say why."""
 
     state: str
     headline: str
@@ -65,8 +65,9 @@ TONES = {
 
 def view(snapshot: Snapshot, *, with_transcripts: bool) -> View:
     """What the page says."""
-    state = "stuck" if snapshot.stuck else "degraded" if snapshot.troubles else "ready"
+    state = _state(snapshot)
     headline = {
+        "starting": "Starting: the server's runs are listed for the first time.",
         "ready": "Ready: the Letta server and the database work.",
         "degraded": f"Degraded: {' and '.join(snapshot.troubles)} in trouble. It goes on by itself as soon as it can.",
         "stuck": f"Stuck: {' and '.join(snapshot.stuck)} should move and does not.",
@@ -85,6 +86,14 @@ def view(snapshot: Snapshot, *, with_transcripts: bool) -> View:
         newest=[_newest(run, snapshot.at, with_transcripts=with_transcripts) for run in snapshot.newest],
         logged=[_logged(trouble) for trouble in snapshot.logged],
     )
+
+
+def _state(snapshot: Snapshot) -> str:
+    if snapshot.stuck:
+        return "stuck"
+    if snapshot.is_starting and snapshot.troubles.keys() <= {"letta"}:
+        return "starting"
+    return "degraded" if snapshot.troubles else "ready"
 
 
 def _figures(snapshot: Snapshot) -> list[Figure]:
