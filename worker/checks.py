@@ -1,6 +1,6 @@
 """What `letta-ingest check` looks at: each check says ok, or what to do. Used by cli.py."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -56,10 +56,12 @@ async def _check_server(config: Config, letta: LettaClient) -> AsyncIterator[Che
         return
     note = "" if version == MEASURED_VERSION else f" (this worker was measured against {MEASURED_VERSION})"
     yield Check("server", is_ok=True, text=f"Letta {version} at {url}{note}")
-    runs: list[RunRecord] = []
+    runs: Sequence[RunRecord] = ()
     try:
         async for page in letta.newest_runs(limit=1):
-            runs = page
+            if page.trouble is not None:
+                raise page.trouble
+            runs = page.runs
             break
     except RefusedError as error:
         yield Check("credentials", is_ok=False, text=str(error), is_refusal=True)

@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from worker.core.records import RunRecord
+from worker.errors import TroubleError
 from worker.letta.client import LettaClient
 from worker.logs import Log
 from worker.storage.committer import Committer
@@ -97,22 +98,27 @@ class Discovery:
     async def sweep(self) -> AsyncIterator[list[StoredRun]]:
         """List what is new once; give of each page, as it comes, the watched runs there is something to do for.
 
-        Raises TroubleError, BadRequestError or RefusedError; the next sweep then begins where this one began.
+        Raises TroubleError, BadRequestError or RefusedError; the next sweep then begins where this one began. An entry
+        that is no run is trouble, too, but only after all others have been given.
         """
         if self._wanted is not None:
             await self.load(*self._wanted)
             self._wanted = None
         newest: dt.datetime | None = None
+        trouble: TroubleError | None = None
         listed: dict[str, RunRecord] = {}
         async for page in self._letta.newest_runs():
-            if newest is None and (newest := _newest_of(page)) is not None:
+            trouble = trouble or page.trouble
+            if newest is None and (newest := _newest_of(page.runs)) is not None:
                 self._start_new_scopes_at(newest)
             floor = self._floor()
-            recent = [run for run in page if floor is None or run.created_at >= floor]
+            recent = [run for run in page.runs if floor is None or run.created_at >= floor]
             yield await self._store([run for run in recent if self._is_wanted(run)])
             listed.update((run.run_id, run) for run in recent)
-            if len(recent) < len(page):
+            if len(recent) < len(page.runs):
                 break
+        if trouble is not None:
+            raise trouble
         await self._move(newest)
         self._known = {run_id: run for run_id, run in listed.items() if self._is_in_overlap(run)}
 

@@ -21,7 +21,7 @@ from worker.demo.fake_letta import FakeLetta
 from worker.demo.fake_run import compact
 from worker.errors import TroubleError, WorkerError
 from worker.letta import client as client_module
-from worker.letta.answers import MAX_DETAIL_CHARS, error_of, read_ids, read_messages, read_runs, read_version
+from worker.letta.answers import MAX_DETAIL_CHARS, error_of, read_ids, read_messages, read_run, read_runs, read_version
 from worker.letta.client import Address
 from worker.status import read_status
 
@@ -71,12 +71,18 @@ async def rig_on_both(letta: FakeLetta, database_url: str) -> AsyncIterator[Rig]
 @given(mutated(ANSWERS) | st.binary(max_size=40), st.integers(200, 599))
 def test_any_answer_is_understood_or_refused(body: bytes, status: int) -> None:
     """Whatever an answer holds, no other error than ours comes of it: short, on one line, and storable (I6)."""
-    said = [complaint(read, body) for read in (read_runs, read_messages, read_ids, read_version)]
+    said = [complaint(read, body) for read in (runs_or_trouble, read_run, read_messages, read_ids, read_version)]
     said.append(str(error_of(status, {}, body)))
     for text in said:
         assert len(text) < 1000
         assert not {"\n", "\r", "\0"} & set(text)
         text.encode()
+
+
+def runs_or_trouble(body: bytes) -> None:
+    """Raise what a listing is wrong in."""
+    if (trouble := read_runs(body).trouble) is not None:
+        raise trouble
 
 
 def complaint(read: Callable[[bytes], object], body: bytes) -> str:
@@ -182,7 +188,7 @@ async def test_packed_answers(rig: Rig, letta: FakeLetta) -> None:
         body = gzip.compress(body)
         letta.faults.append(Answer(200, body, {"content-encoding": ", ".join(["gzip"] * layers)}, on="runs"))
 
-    assert len(await anext(aiter(rig.client.newest_runs()))) == 1
+    assert len((await anext(aiter(rig.client.newest_runs()))).runs) == 1
     with pytest.raises(TroubleError, match="packed as gzip, gzip"):
         await anext(aiter(rig.client.newest_runs()))
 
@@ -247,16 +253,42 @@ async def test_runs_of_another_time(letta: FakeLetta, database_url: str, times: 
     "fields", [{"id": "run-\0"}, {"id": "x" * 300}, {"id": "\ud800"}, {"id": None}, {"created_at": ""}]
 )
 async def test_a_listing_with_a_run_nobody_can_follow(rig: Rig, letta: FakeLetta, fields: dict[str, Any]) -> None:
-    """A listing is refused as a whole: passing one entry over would hide a run. When it is gone all goes on (I5)."""
-    run = finished(letta)
-    body = json.dumps([run.as_json(), run.as_json() | fields]).encode()
-    letta.faults.append(Answer(200, body, on="runs"))
+    """It hides no other run, but is not passed over either: the listing begins there again until it is gone (I5)."""
+    hidden, run = finished(letta), finished(letta)
+    fault = Answer(200, json.dumps([run.as_json(), hidden.as_json() | fields]).encode(), on="runs")
+    letta.faults.append(fault)
 
     with pytest.raises(TroubleError, match="without id or created_at"):
         await rig.sweep()
-    assert await rig.query("SELECT count(*) FROM runs") == [(0,)]
+    assert fault.fired == 1
+    assert await rig.query("SELECT run_id FROM runs") == [(run.id,)]
+    assert await rig.query("SELECT position_at FROM discovery") == []
 
-    assert await rig.sweep() == [run.id]
+    assert set(await rig.sweep()) == {run.id, hidden.id}
+
+
+async def test_a_run_nobody_can_follow_holds_up_no_other(letta: FakeLetta, sqlite_url: str) -> None:
+    """While the server lists such a run the worker is not ready, says why, and stores the others (I2, I5)."""
+    hidden, runs = finished(letta), [finished(letta), finished(letta)]
+    listed = [run.as_json() for run in reversed(runs)] + [hidden.as_json() | {"created_at": None}]
+    async with working(letta, sqlite_url, commits=False) as rig:
+        service = await rig.service()
+        faults = [Answer(200, json.dumps(listed).encode(), on="runs") for _ in range(1000)]
+        letta.faults += faults
+        running = asyncio.create_task(service.run())
+        await until(lambda: len(rig.log.of("run.finished")) == len(runs) and faults[3].fired == 1)
+        assert service.is_ready is False
+        assert "without id or created_at" in rig.log.of("discovery.failed")[-1]["error"]
+        for run in runs:
+            await rig.assert_complete(run)
+        assert await rig.rows(hidden) == []
+
+        letta.faults.clear()
+        await until(lambda: service.is_ready and len(rig.log.of("run.finished")) == 3)
+        await rig.assert_complete(hidden)
+        service.stop()
+        await running
+    assert len(rig.log.of("discovery.recovered")) == 1
 
 
 def finished(letta: FakeLetta) -> FakeRun:

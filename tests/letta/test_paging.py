@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from tests.letta.wire import SECRET
 from worker import app
 from worker.config import Config
+from worker.core.records import RunRecord
 from worker.demo.fake_faults import Answer
 from worker.demo.fake_letta import FakeLetta, Paging
 from worker.errors import TroubleError
+from worker.letta.answers import RunPage
+from worker.letta.paging import Paging as Walker
 
 if TYPE_CHECKING:
     from worker.letta.client import LettaClient
@@ -32,7 +35,7 @@ def order_of(letta: FakeLetta) -> list[str]:
 
 async def walked(client: LettaClient, limit: int) -> list[str]:
     """The ids a walk brings, page by page."""
-    return [run.run_id async for page in client.newest_runs(limit) for run in page]
+    return [run.run_id async for page in client.newest_runs(limit) for run in page.runs]
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -53,7 +56,7 @@ def test_walks(ways: list[Paging], minutes: list[int], limit: int, late: list[tu
                 letta.paging = way
                 before, pages, seen = order_of(letta), 0, []
                 async for page in client.newest_runs(limit):
-                    seen += [run.run_id for run in page]
+                    seen += [run.run_id for run in page.runs]
                     for _ in [place for place, _ in late if place == pages]:
                         minute = next(m for place, m in late if place == pages)
                         letta.new_run(created_at=NOW + timedelta(minutes=minute))
@@ -113,7 +116,7 @@ async def test_only_one_request_where_one_is_enough(letta: FakeLetta, client: Le
         letta.new_run(created_at=NOW + timedelta(minutes=minute))
 
     async for page in client.newest_runs(3):
-        assert len(page) == 3
+        assert len(page.runs) == 3
         break
 
     assert [(request.path, request.query) for request in letta.requests] == [
@@ -135,3 +138,36 @@ async def test_trouble_on_the_way(letta: FakeLetta, client: LettaClient) -> None
 
     assert fault.fired == 1
     assert await walked(client, 3) == order_of(letta)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.booleans(), max_size=12), st.integers(1, 4))
+def test_entries_that_are_no_runs(usable: list[bool], limit: int) -> None:
+    """Unreadable entries end no walk early and hide no run (I5); a page of nothing else is trouble, not the end."""
+    made = [RunRecord(f"run-{n:02}", NOW - timedelta(minutes=n)) for n in range(len(usable))]
+    entries = [run if is_run else None for run, is_run in zip(made, usable, strict=True)]
+
+    async def page_of(limit: int, cursor: dict[str, str]) -> RunPage:
+        if cursor.get("order") == "asc":
+            chosen = entries[::-1][:limit]
+        else:
+            behind = next((n + 1 for n, run in enumerate(entries) if run and run.run_id == cursor.get("before")), 0)
+            chosen = entries[behind : behind + limit] if "after" not in cursor else []
+        runs = [run for run in chosen if run is not None]
+        return RunPage(runs, len(chosen), TroubleError("no run") if len(runs) < len(chosen) else None)
+
+    async def check() -> None:
+        seen: list[RunRecord] = []
+        troubles = 0
+        try:
+            async for page in Walker().walk(page_of, limit):
+                seen += page.runs
+                troubles += page.trouble is not None
+        except TroubleError:
+            troubles += 1
+            assert None in entries
+        else:
+            assert seen == [run for run in entries if run is not None]
+        assert (troubles > 0) == (len(seen) < len(entries))
+
+    asyncio.run(check())

@@ -114,8 +114,8 @@ TEN = (
         name="page-with-after",
         bug="The list of runs is walked with `after`, as its name and the official client say, and not checked.",
         file="worker/letta/paging.py",
-        was="await self._older_than(page[-1], page_of, limit, proven)",
-        becomes='await page_of(limit, {"after": page[-1].run_id})',
+        was="await self._older_than(page.runs[-1], page_of, limit, proven)",
+        becomes='await page_of(limit, {"after": page.runs[-1].run_id})',
         killed_by="tests/discovery/test_discovery.py::test_past_runs_are_found[sqlite]",
     ),
 )
@@ -284,6 +284,15 @@ LIKELY = (
         was="if floor is None or run.created_at >= floor]",
         becomes="if floor is None or run.created_at >= (self._position_at or floor)]",
         killed_by="tests/discovery/test_discovery.py::test_run_committed_late",
+    ),
+    Mutant(
+        name="entry-passed-over",
+        bug="An entry of the list of runs that cannot be read is skipped, and its run is never found.",
+        file="worker/discovery.py",
+        was="trouble = trouble or page.trouble",
+        becomes="trouble = None",
+        killed_by="tests/faults/test_hostile_answers.py::test_a_listing_with_a_run_nobody_can_follow[fields3]",
+        dies_of="Failed",
     ),
     Mutant(
         name="ready-too-early",

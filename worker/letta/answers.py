@@ -5,7 +5,7 @@ import datetime as dt
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any
@@ -93,9 +93,33 @@ def is_event_stream(headers: Mapping[str, str]) -> bool:
     return headers.get("content-type", "").split(";")[0].strip().lower() == "text/event-stream"
 
 
-def read_runs(body: bytes) -> list[RunRecord]:
-    """The runs of a listing. An entry without a usable id or creation time cannot be followed and is trouble."""
-    return [_run(fields) for fields in _objects(body)]
+class RunPage(msgspec.Struct, frozen=True):
+    """A page of the list of runs, newest first. `trouble`: of its `entries` one could not be read as a run.
+
+    Whoever takes the others must raise it in the end: passing it over would hide a run.
+    """
+
+    runs: Sequence[RunRecord]
+    entries: int
+    trouble: TroubleError | None = None
+
+
+def read_runs(body: bytes) -> RunPage:
+    """A listing. An entry without a usable id or creation time cannot be followed, and must not hide the others."""
+    listed = _array(body)
+    runs: list[RunRecord] = []
+    trouble: TroubleError | None = None
+    for raw in listed:
+        try:
+            runs.append(_run(_object(raw)))
+        except TroubleError as error:
+            trouble = error
+    return RunPage(runs, len(listed), trouble)
+
+
+def read_run(body: bytes) -> RunRecord:
+    """One run's record."""
+    return _run(_object(body))
 
 
 def read_messages(body: bytes) -> list[MessageRecord]:

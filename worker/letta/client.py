@@ -27,10 +27,12 @@ from worker.errors import (
     WorkerError,
 )
 from worker.letta.answers import (
+    RunPage,
     error_of,
     is_event_stream,
     read_ids,
     read_messages,
+    read_run,
     read_runs,
     read_version,
     without_key,
@@ -115,18 +117,17 @@ class LettaClient:
         """The server's version, e.g. `0.16.8`; needs no credentials (letta-protocol j)."""
         return read_version(await self._get("/v1/health/"))
 
-    async def newest_runs(self, limit: int = RUNS_A_PAGE) -> AsyncIterator[list[RunRecord]]:
+    async def newest_runs(self, limit: int = RUNS_A_PAGE) -> AsyncIterator[RunPage]:
         """All runs of the server, newest first, page by page; never loops and never skips (paging.py)."""
         async for page in self._paging.walk(self._run_page, limit):
             yield page
 
     async def retrieve_run(self, run_id: str) -> RunRecord:
         """One run's record. Raises NotFoundError when the server does not know it."""
-        answer = await self._get(f"/v1/runs/{_quoted(run_id)}")
-        runs = read_runs(b"[" + answer + b"]")
-        if not runs or runs[0].run_id != run_id:
+        run = read_run(await self._get(f"/v1/runs/{_quoted(run_id)}"))
+        if run.run_id != run_id:
             raise TroubleError(f"the server answered with something else than run {run_id}")
-        return runs[0]
+        return run
 
     async def conversations_of(self, agent_id: str, limit: int = 1000) -> list[str]:
         """The ids of an agent's conversations, newest first, at most `limit`."""
@@ -223,7 +224,7 @@ class LettaClient:
                 body["agent_id"] = address.agent_id
         return body
 
-    async def _run_page(self, limit: int, cursor: dict[str, str]) -> list[RunRecord]:
+    async def _run_page(self, limit: int, cursor: dict[str, str]) -> RunPage:
         return read_runs(await self._get("/v1/runs/", **({"order": "desc"} | cursor), limit=limit))
 
     async def _get(self, path: str, **query: str | int) -> bytes:
