@@ -22,7 +22,7 @@ class FakeServer:
     def __init__(self, letta: FakeLetta) -> None:
         self.url = letta.url
         self.keepalive = letta.keepalive_interval
-        self.silence = 0.15
+        self.silence = 0.5
         self._letta = letta
 
     async def new_conversation(self, agent_id: str | None = None, *, is_direct: bool = False) -> Conversation:

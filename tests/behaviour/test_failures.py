@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.behaviour.server import FAILED_ENDS, Failure, Script
-from tests.demo.wire import normal, probe
+from tests.demo.wire import normal, probe, until
 
 if TYPE_CHECKING:
     import httpx
@@ -175,8 +175,11 @@ async def test_log_longer_than_10000(letta: LettaUnderTest, client: httpx.AsyncC
 async def test_redis_goes_and_comes(letta: LettaUnderTest, client: httpx.AsyncClient) -> None:
     """When Redis goes, readers without pings are told, others just end; then a stream is an empty 500 (d, g4)."""
     run = await letta.start(Script(words=2, holds_after=1))
-    reading = [asyncio.create_task(probe(client, "POST", run.stream, body, 60)) for body in (WITHOUT_PINGS, "{}")]
-    await asyncio.sleep(letta.silence)
+    heard: dict[str, list[str]] = {WITHOUT_PINGS: [], "{}": []}
+    reading = [
+        asyncio.create_task(probe(client, "POST", run.stream, body, 60, lines=lines)) for body, lines in heard.items()
+    ]
+    await until(lambda: all(len(lines) >= 3 for lines in heard.values()), 30)
     await letta.redis_goes()
     try:
         told, ended = await asyncio.gather(*reading)

@@ -87,10 +87,19 @@ def in_short(event: str) -> str:
 
 
 async def probe(
-    client: httpx.AsyncClient, method: str, path: str, body: str | None = None, patience: float = 2.5
+    client: httpx.AsyncClient,
+    method: str,
+    path: str,
+    body: str | None = None,
+    patience: float = 2.5,
+    *,
+    lines: list[str] | None = None,
 ) -> list[str]:
-    """Send a request and describe the answer: status, then one line per event, then how it ended."""
-    lines: list[str] = []
+    """Send a request and describe the answer: status, then one line per event, then how it ended.
+
+    What has come so far can be seen in `lines`, all but the last one.
+    """
+    lines = [] if lines is None else lines
     try:
         asked = client.stream(method, path, content=body, headers={"content-type": "application/json"})
         async with asyncio.timeout(patience), asked as answer:
@@ -99,15 +108,15 @@ async def probe(
             if "event-stream" not in kind:
                 return [*lines, (await answer.aread()).decode(), "end: EOF"]
             async for event in events(answer):
-                lines.append(in_short(event))  # noqa: PERF401 - what came before the timeout counts
+                lines.append(in_short(event))
     except TimeoutError:
         return [*lines, "end: TIMEOUT"]
     return [*lines, "end: EOF"]
 
 
-async def until(condition: Callable[[], object]) -> None:
+async def until(condition: Callable[[], object], seconds: float = 5) -> None:
     """Wait for what the other side does in its own time, but not for ever."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - the fake has no event for everything a test may wait for
             await asyncio.sleep(0.001)
 
