@@ -59,9 +59,7 @@ async def _check_server(config: Config, letta: LettaClient) -> AsyncIterator[Che
     runs: Sequence[RunRecord] = ()
     try:
         async for page in letta.newest_runs(limit=1):
-            if page.trouble is not None:
-                raise page.trouble
-            runs = page.runs
+            runs = page.whole()
             break
     except RefusedError as error:
         yield Check("credentials", is_ok=False, text=str(error), is_refusal=True)

@@ -123,9 +123,7 @@ async def _ask_server(report: Report, watch: Watch, engine: AsyncEngine, letta: 
     state = await Reads(engine, is_patient=False).discovery_state()
     report.server_runs = report.undiscovered_runs = 0
     async for page in letta.newest_runs():
-        if page.trouble is not None:
-            raise page.trouble
-        wanted = [run for run in page.runs if watch.wants(run, state.scopes)]
+        wanted = [run for run in page.whole() if watch.wants(run, state.scopes)]
         listed = [run.run_id for run in wanted if state.position_at and run.created_at <= state.position_at]
         known = await audit.known_runs(listed) if listed else set()
         report.server_runs += len(wanted)

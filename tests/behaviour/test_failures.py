@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.behaviour.server import FAILED_ENDS, Failure, Script
-from tests.demo.wire import normal, probe, until
+from tests.demo.wire import normal, probe
+from tests.support.lives import until
 
 if TYPE_CHECKING:
     import httpx

@@ -114,9 +114,9 @@ async def probe(
     return [*lines, "end: EOF"]
 
 
-async def until(condition: Callable[[], object], seconds: float = 5) -> None:
+async def until(condition: Callable[[], object]) -> None:
     """Wait for what the other side does in its own time, but not for ever."""
-    async with asyncio.timeout(seconds):
+    async with asyncio.timeout(5):
         while not condition():  # noqa: ASYNC110 - the fake has no event for everything a test may wait for
             await asyncio.sleep(0.001)
 

@@ -168,13 +168,8 @@ async def test_listing_that_is_none(letta: FakeLetta, client: LettaClient, body:
     """A listing that cannot be understood is trouble and not an empty listing, which would hide runs."""
     letta.faults += [Answer(200, body, on="runs"), Answer(200, body, on="run")]
 
-    try:
-        page = await anext(aiter(client.newest_runs()))
-    except TroubleError:
-        pass
-    else:
-        assert (page.runs, page.entries) == ([], 1)
-        assert page.trouble is not None
+    with pytest.raises(TroubleError):
+        (await anext(aiter(client.newest_runs()))).whole()
     with pytest.raises(TroubleError):
         await client.retrieve_run(RUN)
 
@@ -197,6 +192,14 @@ async def test_another_run_than_asked_for(letta: FakeLetta, client: LettaClient)
 
     with pytest.raises(TroubleError, match=RUN):
         await client.retrieve_run(RUN)
+
+
+@pytest.mark.parametrize("entry", [b"1", b"{}", b'{"id":"run-1"}', b'{"id":"run-1","created_at":"x"}'])
+def test_an_entry_that_is_no_run(entry: bytes) -> None:
+    """It counts, so that its page does not look like the last one, and is trouble (I5)."""
+    page = read_runs(b"[%s]" % entry)
+
+    assert (page.runs, page.entries, type(page.trouble)) == ([], 1, TroubleError)
 
 
 def test_times_of_any_shape() -> None:

@@ -96,12 +96,18 @@ def is_event_stream(headers: Mapping[str, str]) -> bool:
 class RunPage(msgspec.Struct, frozen=True):
     """A page of the list of runs, newest first. `trouble`: of its `entries` one could not be read as a run.
 
-    Whoever takes the others must raise it in the end: passing it over would hide a run.
+    Whoever takes `runs` must raise it in the end: passing it over would hide a run.
     """
 
     runs: Sequence[RunRecord]
     entries: int
     trouble: TroubleError | None = None
+
+    def whole(self) -> Sequence[RunRecord]:
+        """The runs, for whoever has no use for a part of them. Raises the trouble."""
+        if self.trouble is not None:
+            raise self.trouble
+        return self.runs
 
 
 def read_runs(body: bytes) -> RunPage:

@@ -174,7 +174,7 @@ class LettaServer:
             "HOME": str(home),
             "LETTA_PG_URI": f"{postgres.url(self.database)}?sslmode=disable",
             # By default it opens a connection for each transaction, thousands in an hour. Now and then one hung in
-            # connect() for a minute, and the request that needed it was answered 500.
+            # connect() for a minute, and the request that needed it was answered 500. A pool wants TLS unless told.
             "LETTA_DISABLE_SQLALCHEMY_POOLING": "false",
             "LETTA_PG_POOL_SIZE": "100",
             "LETTA_PG_MAX_OVERFLOW": "200",
